@@ -1,0 +1,139 @@
+"""What came in: a Study of Frames, or the reason why it is not for us.
+
+Rules:
+- A Study is made once, by intake, from what a scanner sent; nothing here is guessed or repaired later.
+- Names and pixels never appear in a repr, because reprs end up in logs.
+- What was left out stands in `not_analysed` with its reason; nothing is dropped in silence.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Side = Literal["L", "R"]
+
+
+class Region(NamedTuple):
+    """A part of a frame in its pixels, right and bottom excluded."""
+
+    left: int
+    top: int
+    right: int
+    bottom: int
+
+    @property
+    def width(self) -> int:
+        return self.right - self.left
+
+    @property
+    def height(self) -> int:
+        return self.bottom - self.top
+
+
+class Spacing(NamedTuple):
+    """Millimetres from one pixel to the next."""
+
+    row: float
+    column: float
+
+
+@dataclass(frozen=True)
+class Source:
+    """One frame of one instance, as DICOM addresses it. Frames count from 1."""
+
+    sop_class_uid: str
+    sop_instance_uid: str
+    series_instance_uid: str
+    rows: int
+    columns: int
+    frame_number: int = 1
+    frame_count: int = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Frame:
+    """One B-mode picture: the full grey frame, and where in it the tissue is."""
+
+    source: Source
+    grey: NDArray[np.uint8] = field(repr=False)  # (rows, columns) of the full source frame
+    region: Region
+    spacing: Spacing | None = None
+    laterality: Side | None = None  # only ever as stated by the source
+
+    @property
+    def tissue(self) -> NDArray[np.uint8]:
+        left, top, right, bottom = self.region
+        return self.grey[top:bottom, left:right]
+
+
+@dataclass(frozen=True)
+class NotAnalysed:
+    source: Source
+    reason: str
+
+
+@dataclass(frozen=True)
+class Patient:
+    """Who it is, as the source says; carried to the report and shown nowhere else."""
+
+    id: str = field(default="", repr=False)
+    name: str = field(default="", repr=False)
+    birth_date: str = field(default="", repr=False)
+    sex: str = field(default="", repr=False)
+    issuer: str = field(default="", repr=False)
+
+
+@dataclass(frozen=True)
+class Header:
+    """The study's own words, needed on every object that answers it."""
+
+    study_date: str = ""
+    study_time: str = ""
+    accession_number: str = field(default="", repr=False)
+    study_id: str = field(default="", repr=False)
+    description: str = field(default="", repr=False)
+    referring_physician: str = field(default="", repr=False)
+
+
+@dataclass(frozen=True)
+class Scanner:
+    manufacturer: str = ""
+    model: str = ""
+    station: str = ""
+
+
+@dataclass(frozen=True)
+class Study:
+    uid: str
+    patient: Patient
+    header: Header
+    scanner: Scanner
+    frames: tuple[Frame, ...]
+    not_analysed: tuple[NotAnalysed, ...] = ()
+    received: tuple[tuple[str, str], ...] = ()  # (SOP Instance UID, SHA-256 as received) of every instance
+
+    @property
+    def evidence_digest(self) -> str:
+        """Names exactly what was received: the same bytes always give the same results."""
+        lines = "\n".join(f"{uid} {sha}" for uid, sha in sorted(self.received))
+        return hashlib.sha256(lines.encode()).hexdigest()
+
+    @property
+    def images(self) -> tuple[Source, ...]:
+        """Every frame that was looked at or left out, in the order received."""
+        return (*(frame.source for frame in self.frames), *(left.source for left in self.not_analysed))
+
+
+@dataclass(frozen=True)
+class NotForUs:
+    """Nothing here is breast B-mode ultrasound that we can read; the answer is the reason."""
+
+    study_uid: str
+    reason: str
+    not_analysed: tuple[NotAnalysed, ...] = ()
+    received: tuple[tuple[str, str], ...] = ()
