@@ -82,3 +82,18 @@ class Declined(Answer):
 
 
 Result = Assessed | Declined
+
+
+Kind = Literal["sr", "sc", "seg", "pr", "ko"]
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """One object that says a Result, as bytes that never change again."""
+
+    kind: Kind
+    sop_class_uid: str
+    sop_instance_uid: str
+    series_instance_uid: str
+    transfer_syntax_uid: str
+    data: bytes = field(repr=False)  # a whole DICOM Part 10 file

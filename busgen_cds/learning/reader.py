@@ -1,0 +1,207 @@
+"""The network that reads: lesion mask, presence, malignancy and its evidence map in one pass.
+
+Rules:
+- The malignancy logit is the exact sum of the evidence map plus one bias: what the map shows is what was scored.
+- Evidence is weighed by the lesion mask, with a small uniform floor, so that a reader finds it in the lesion;
+  what lies around the lesion still speaks through the receptive field.
+- Every further task is one more head of the same shape: evidence, weighed, summed.
+- Normalisation never mixes images of a batch: a frame's answer depends on that frame alone.
+
+Encoder: MobileNetV2 (Sandler et al. 2018, arXiv 1801.04381), batch norm folded into the convolutions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# expansion, channels, blocks, stride (table 2 of the paper)
+STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
+TAPS = {2: 24, 5: 32, 12: 96}  # block → channels kept for the decoder, at strides 4, 8 and 16
+DEEP = 1280
+MALIGNANCY = "malignancy"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What must be known to build the network again."""
+
+    width: int = 96
+    floor: float = 0.05  # share of the attention that is spread over the whole image
+    quantum: float = 4.0  # cells of mask below which attention falls back to the whole image
+    tasks: dict[str, int] = field(default_factory=lambda: {"birads": 4})  # further head → outputs
+
+
+class Reading(NamedTuple):
+    """One forward pass; N images, a grid of h x w at stride 4."""
+
+    mask: Tensor  # (N, 1, h, w) logits
+    presence: Tensor  # (N,) logit
+    malignancy: Tensor  # (N,) logit
+    heat: Tensor  # (N, h, w) signed evidence: heat.sum + bias = malignancy
+    embedding: Tensor  # (N, D)
+    tasks: dict[str, Tensor]  # (N, outputs) logits of each further head
+
+
+class Same(nn.Conv2d):
+    """A 3x3 convolution that pads as TensorFlow does: at stride 2 on the right and below only."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, groups: int = 1, blank: float = 0.0) -> None:
+        super().__init__(inputs, outputs, 3, stride, padding=1 if stride == 1 else 0, groups=groups)
+        self.blank = blank
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.stride[0] == 2:
+            x = F.pad(x, (0, 1, 0, 1), value=self.blank)
+        return super().forward(x)
+
+
+class Inverted(nn.Module):
+    """Expand, filter each channel, project back; added to its input where shapes allow."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, expansion: int) -> None:
+        super().__init__()
+        middle = inputs * expansion
+        layers: list[nn.Module] = [nn.Conv2d(inputs, middle, 1), nn.ReLU6()] if expansion > 1 else []
+        layers += [Same(middle, middle, stride, groups=middle), nn.ReLU6(), nn.Conv2d(middle, outputs, 1)]
+        self.layers = nn.Sequential(*layers)
+        self.skips = stride == 1 and inputs == outputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layers(x) if self.skips else self.layers(x)
+
+
+class Encoder(nn.Module):
+    """(N, 1, H, W) in 0..1 → features at strides 4, 8, 16 and 32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = Same(1, 32, 2, blank=0.5)  # 0.5 is the zero of the RGB network's -1..1 input
+        blocks, inputs = [], 32
+        for expansion, channels, count, stride in STAGES:
+            for i in range(count):
+                blocks.append(Inverted(inputs, channels, stride if i == 0 else 1, expansion))
+                inputs = channels
+        self.blocks = nn.ModuleList(blocks)
+        self.deep = nn.Conv2d(inputs, DEEP, 1)
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        x, taps = F.relu6(self.stem(image)), []
+        for i, block in enumerate(self.blocks):
+            x = block(x)
+            if i in TAPS:
+                taps.append(x)
+        return [*taps, F.relu6(self.deep(x))]
+
+    def start_from(self, path: Path) -> None:
+        """ImageNet weights in op order; the colour channels are summed into the grey one."""
+        arrays = np.load(path)
+        names = sorted(name[:-2] for name in arrays if name.endswith("_w"))
+        convolutions = [m for m in self.modules() if isinstance(m, nn.Conv2d)]
+        with torch.no_grad():
+            for name, convolution in zip(names, convolutions, strict=False):
+                weight, bias = torch.tensor(arrays[name + "_w"]), torch.tensor(arrays[name + "_b"])
+                # depthwise is 1HWC, the rest OHWI
+                weight = weight.permute(3, 0, 1, 2) if "depthwise" in name else weight.permute(0, 3, 1, 2)
+                if convolution is self.stem:  # W(2v - 1) + b = (2 sum W) v + (b - sum W)
+                    bias = bias - weight.sum((1, 2, 3))
+                    weight = 2 * weight.sum(1, keepdim=True)
+                convolution.weight.copy_(weight)
+                convolution.bias.copy_(bias)  # type: ignore[union-attr]
+
+
+def _norm(channels: int) -> nn.Module:
+    return nn.GroupNorm(8, channels)
+
+
+class Smooth(nn.Sequential):
+    """A depth-wise separable convolution with its normalisation."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(
+            nn.Conv2d(width, width, 3, padding=1, groups=width),
+            nn.Conv2d(width, width, 1, bias=False),
+            _norm(width),
+            nn.ReLU(),
+        )
+
+
+class Evidence(nn.Module):
+    """Features at strides 8, 16 and 32 → a map of evidence at the attention's grid, weighed and summed."""
+
+    def __init__(self, width: int, outputs: int) -> None:
+        super().__init__()
+        self.maps = nn.ModuleList(nn.Conv2d(c, outputs, 1, bias=False) for c in (width, width, DEEP))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+        for conv in self.maps:
+            nn.init.normal_(conv.weight, std=0.01)  # type: ignore[arg-type]
+
+    def forward(self, features: list[Tensor], attention: Tensor) -> tuple[Tensor, Tensor]:
+        grid = attention.shape[-2:]
+        maps = [up(conv(f).float(), grid) for conv, f in zip(self.maps, features, strict=True)]
+        heat = attention * (maps[0] + maps[1] + maps[2])  # (N, outputs, h, w)
+        return heat.sum((2, 3)) + self.bias, heat
+
+
+class Reader(nn.Module):
+    def __init__(self, shape: Shape = Shape()) -> None:
+        super().__init__()
+        width, self.shape = shape.width, shape
+        self.encoder = Encoder()
+        channels = (*TAPS.values(), DEEP)
+        self.lateral = nn.ModuleList(nn.Sequential(nn.Conv2d(c, width, 1, bias=False), _norm(width)) for c in channels)
+        self.smooth = nn.ModuleList(Smooth(width) for _ in channels)
+        self.mask = nn.Conv2d(width, 1, 1)
+        nn.init.constant_(self.mask.bias, -2.0)  # type: ignore[arg-type]
+        self.tower = nn.ModuleList(Smooth(width) for _ in range(2))
+        self.drop = nn.Dropout2d(0.2)
+        self.presence = nn.Linear(DEEP + 2, 1)
+        self.heads = nn.ModuleDict({MALIGNANCY: Evidence(width, 1)})
+        self.heads.update({name: Evidence(width, n) for name, n in shape.tasks.items()})
+
+    def forward(self, image: Tensor) -> Reading:
+        taps = self.encoder(image)
+        p4, p8, p16 = self._decode(taps)
+        mask = self.mask(p4).float()
+        features = [self.drop(f) for f in (self.tower[0](p8), self.tower[1](p16), taps[-1])]
+        attention = attend(mask.detach(), self.shape.floor, self.shape.quantum)
+        answers = {name: head(features, attention) for name, head in self.heads.items()}
+        score, heat = answers.pop(MALIGNANCY)
+        embedding = torch.cat([taps[2].mean((2, 3)), taps[3].mean((2, 3))], 1).float()
+        presence = self._presence(features[-1], mask.detach())
+        tasks = {name: logits for name, (logits, _) in answers.items()}
+        return Reading(mask, presence, score[:, 0], heat[:, 0], embedding, tasks)
+
+    def _decode(self, taps: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """A feature pyramid (Lin et al. 2017): from stride 32 down to stride 4."""
+        laterals = [lateral(tap) for lateral, tap in zip(self.lateral, taps, strict=True)]
+        level, levels = self.smooth[3](laterals[3]), []
+        for i in (2, 1, 0):
+            level = self.smooth[i](laterals[i] + up(level, laterals[i].shape[-2:]))
+            levels.append(level)
+        return levels[2], levels[1], levels[0]
+
+    def _presence(self, deep: Tensor, mask: Tensor) -> Tensor:
+        area = torch.log1p(mask.sigmoid().sum((1, 2, 3)))
+        peak = torch.logsumexp(mask.flatten(1), 1) - 5.0
+        described = torch.cat([deep.mean((2, 3)).float(), 0.3 * area[:, None], 0.1 * peak[:, None]], 1)
+        return self.presence(described)[:, 0]
+
+
+def attend(mask: Tensor, floor: float, quantum: float) -> Tensor:
+    """Mask logits → (N, 1, h, w) weights that sum to one; the whole image where no lesion is seen."""
+    lesion = mask.sigmoid()
+    size = lesion.sum((2, 3), keepdim=True)
+    spread = floor + (1 - floor) * quantum / (size + quantum)
+    cells = mask.shape[-1] * mask.shape[-2]
+    return (1 - spread) * lesion / (size + 1e-6) + spread / cells
+
+
+def up(x: Tensor, grid: torch.Size | tuple[int, ...]) -> Tensor:
+    return F.interpolate(x, size=(int(grid[0]), int(grid[1])), mode="bilinear", align_corners=False)
