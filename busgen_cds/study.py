@@ -53,6 +53,7 @@ class Source:
     columns: int
     frame_number: int = 1
     frame_count: int = 1
+    colour: bool = False  # stored with a colour photometric interpretation, even where it shows grey
 
 
 @dataclass(frozen=True, eq=False)
