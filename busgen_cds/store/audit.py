@@ -1,0 +1,125 @@
+"""The record of acts: who did what, in the transaction in which it happened.
+
+Rules:
+- Every act is a row whose hash covers the row before it, so that an altered, removed, inserted or moved row shows.
+- A hash chain shows edits in the middle, not a cut tail: only a signed checkpoint, exported to a place that this
+  machine cannot rewrite, shows that. `verify` takes the checkpoints and names the first bad entry.
+- An act names a study by its opaque reference. No name, no identifier and no pixel stands in `what` or `detail`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.orm import Mapped, Session, mapped_column
+
+from busgen_cds import signing
+from busgen_cds.store.database import Base, Database, UtcTime, table_of
+
+GENESIS = "0" * 64
+
+
+@dataclass(frozen=True)
+class Act:
+    kind: str  # "study received", "result made", "delivered", "log-in", …
+    who: str  # an account, an AE title or a part of this program
+    what: str = ""
+    study_ref: str | None = None
+    detail: Mapping[str, Any] = field(default_factory=dict)
+
+
+class ActRow(Base):
+    __tablename__ = "act"
+
+    number: Mapped[int] = mapped_column(sa.BigInteger().with_variant(sa.Integer, "sqlite"), primary_key=True)
+    at: Mapped[datetime] = mapped_column(UtcTime)
+    kind: Mapped[str] = mapped_column(sa.String(64))
+    who: Mapped[str] = mapped_column(sa.String(128))
+    what: Mapped[str] = mapped_column(sa.Text)
+    study_ref: Mapped[str | None] = mapped_column(sa.String(32), index=True)
+    detail: Mapped[str] = mapped_column(sa.Text)
+    hash: Mapped[str] = mapped_column(sa.String(64))
+
+
+_acts = table_of(ActRow)
+
+
+def record(session: Session, *acts: Act, at: datetime | None = None) -> None:
+    """Add acts to the chain, in the caller's transaction."""
+    if not acts:
+        return
+    if session.get_bind().dialect.name == "postgresql":
+        session.execute(sa.text("SELECT pg_advisory_xact_lock(:key)"), {"key": 0x61637473})
+    last = session.execute(sa.select(ActRow.number, ActRow.hash).order_by(ActRow.number.desc()).limit(1)).first()
+    number, before = (last.number, last.hash) if last else (0, GENESIS)
+    moment = at or datetime.now(UTC)
+    rows = []
+    for act in acts:
+        number += 1
+        row = _row(number, moment, act)
+        row["hash"] = before = _hash(before, row)
+        rows.append(row)
+    session.execute(sa.insert(_acts), rows)
+
+
+def _row(number: int, at: datetime, act: Act) -> dict[str, Any]:
+    return {
+        "number": number,
+        "at": at,
+        "kind": act.kind,
+        "who": act.who,
+        "what": act.what,
+        "study_ref": act.study_ref,
+        "detail": signing.canonical(dict(act.detail)).decode(),
+    }
+
+
+def _hash(before: str, row: Mapping[str, Any]) -> str:
+    covered = [before, row["number"], row["at"].astimezone(UTC).isoformat(timespec="microseconds")]
+    covered += [row[name] for name in ("kind", "who", "what", "study_ref", "detail")]
+    return hashlib.sha256(signing.canonical(covered)).hexdigest()
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """How long the record was at a moment, and what its last hash was."""
+
+    number: int
+    hash: str
+    at: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    entries: int
+    first_bad: int | None = None
+    reason: str = ""
+
+    @property
+    def sound(self) -> bool:
+        return self.first_bad is None
+
+
+def verify(database: Database, checkpoints: Sequence[Checkpoint] = ()) -> Verdict:
+    """Walk the whole chain; name the first entry that does not follow from the one before."""
+    expected = {point.number: point.hash for point in checkpoints}
+    before, number = GENESIS, 0
+    with database.reading() as session:
+        for row in session.execute(sa.select(_acts).order_by(_acts.c.number).execution_options(yield_per=1000)):
+            number += 1
+            if row.number != number:
+                return Verdict(number, number, f"Entry {number} is missing: the next one is {row.number}.")
+            before_now = _hash(before, row._asdict())
+            if before_now != row.hash:
+                return Verdict(number, number, f"Entry {number} does not follow from the one before it.")
+            if expected.pop(number, row.hash) != row.hash:
+                return Verdict(number, number, f"Entry {number} is not the one that a signed checkpoint names.")
+            before = row.hash
+    if expected:
+        return Verdict(number, number + 1, f"A signed checkpoint names entry {max(expected)}; the record ends before.")
+    return Verdict(number)

@@ -1,0 +1,568 @@
+"""What was received, exactly as it was received, until the site's rules let it go.
+
+Rules:
+- `keep` returns only when the file's bytes, its name and its row are on the disk, in this order:
+  write → fsync → rename → fsync of the directory → commit. Whoever was told "kept" finds it after a power cut.
+- The same bytes under the same SOP Instance UID are kept once. Other bytes under a known UID are set aside.
+- Nothing plain is written: files are sealed by `vault`, identifiers in the rows too.
+- A study is named by an opaque random reference; only that leaves this module for workflows and logs.
+- Two patient ids under one study UID: all is kept, and the study is held until a person decides.
+- A file without a row was never acknowledged; `sweep` removes it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import secrets
+import shutil
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.orm import Mapped, Session, mapped_column
+
+from busgen_cds.arrival import Arrival, Kept, NoRoom, Outcome, Peek
+from busgen_cds.errors import Untrusted
+from busgen_cds.store import audit, vault
+from busgen_cds.store.database import Base, Blind, Database, Sealed, UtcTime, table_of
+from busgen_cds.store.vault import SealedWriter, Vault
+
+TWO_PATIENTS = "Two patient ids under one Study Instance UID: find out whose images these are, then release or delete."
+_LOOK_AT_DISK_EVERY = 64 * 1024 * 1024
+
+Clock = Callable[[], datetime]
+
+
+class StudyTable(Base):
+    __tablename__ = "study"
+
+    ref: Mapped[str] = mapped_column(sa.String(32), primary_key=True)
+    uid_blind: Mapped[str] = mapped_column(Blind(of="uid"), unique=True)
+    uid: Mapped[bytes] = mapped_column(Sealed)
+    patient_blind: Mapped[str] = mapped_column(Blind(of="patient"), index=True)
+    patient: Mapped[bytes] = mapped_column(Sealed)
+    key: Mapped[bytes | None] = mapped_column(sa.LargeBinary)  # wrapped by the site's key; gone when shredded
+    first_received_at: Mapped[datetime] = mapped_column(UtcTime)
+    two_patients: Mapped[bool] = mapped_column(default=False)
+    held: Mapped[str | None] = mapped_column(sa.Text)
+
+
+class InstanceTable(Base):
+    __tablename__ = "instance"
+    __table_args__ = (
+        sa.Index(
+            "uq_instance_sop_uid_blind",
+            "sop_uid_blind",
+            unique=True,
+            sqlite_where=sa.text("NOT conflict"),
+            postgresql_where=sa.text("NOT conflict"),
+        ),
+        sa.Index("ix_instance_study_ref", "study_ref", "received_at"),
+    )
+
+    ref: Mapped[str] = mapped_column(sa.String(32), primary_key=True)
+    study_ref: Mapped[str] = mapped_column(sa.ForeignKey("study.ref"))
+    sop_uid_blind: Mapped[str] = mapped_column(Blind(of="sop_uid"))
+    sop_uid: Mapped[bytes] = mapped_column(Sealed)
+    sop_class_uid: Mapped[str] = mapped_column(sa.String(64))
+    transfer_syntax_uid: Mapped[str] = mapped_column(sa.String(64))
+    sha256: Mapped[str] = mapped_column(sa.String(64))
+    size: Mapped[int] = mapped_column(sa.BigInteger)
+    received_at: Mapped[datetime] = mapped_column(UtcTime)
+    calling_ae: Mapped[str] = mapped_column(sa.String(16))
+    key: Mapped[bytes] = mapped_column(sa.LargeBinary)  # the data key, wrapped by the study's key
+    conflict: Mapped[bool] = mapped_column(default=False)
+
+
+class QuarantineTable(Base):
+    __tablename__ = "quarantine"
+
+    ref: Mapped[str] = mapped_column(sa.String(32), primary_key=True)
+    received_at: Mapped[datetime] = mapped_column(UtcTime, index=True)
+    calling_ae: Mapped[str] = mapped_column(sa.String(16))
+    address: Mapped[str] = mapped_column(sa.String(64))
+    sop_uid: Mapped[bytes] = mapped_column(Sealed)
+    sop_class_uid: Mapped[str] = mapped_column(sa.String(64))
+    transfer_syntax_uid: Mapped[str] = mapped_column(sa.String(64))
+    size: Mapped[int] = mapped_column(sa.BigInteger)
+    reason: Mapped[str] = mapped_column(sa.Text)
+    key: Mapped[bytes] = mapped_column(sa.LargeBinary)  # the data key, wrapped by the site's key
+
+
+_studies, _instances, _quarantine = table_of(StudyTable), table_of(InstanceTable), table_of(QuarantineTable)
+
+
+@dataclass(frozen=True)
+class Instance:
+    ref: str
+    study_ref: str
+    sop_class_uid: str
+    sop_instance_uid: str = field(repr=False)
+    transfer_syntax_uid: str
+    sha256: str  # of the whole Part 10 file as kept
+    bytes: int
+    received_at: datetime
+    calling_ae: str
+
+
+@dataclass(frozen=True)
+class StudyRow:
+    ref: str
+    first_received_at: datetime
+    last_received_at: datetime
+    instances: int
+    two_patients: bool
+    held: str | None
+
+
+@dataclass(frozen=True)
+class Quarantined:
+    ref: str
+    received_at: datetime
+    calling_ae: str
+    address: str
+    sop_class_uid: str
+    sop_instance_uid: str = field(repr=False)
+    transfer_syntax_uid: str
+    bytes: int
+    reason: str
+
+
+@dataclass(eq=False)
+class _Job:
+    """One instance, synced under its temporary name and waiting for its name and its row."""
+
+    arrival: Arrival
+    header: Peek
+    ref: str
+    key: bytes
+    sha256: str
+    size: int
+    at: datetime
+    source: Path
+    kept: Kept | None = None
+    failed: BaseException | None = None
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
+
+
+class Inbox:
+    def __init__(
+        self,
+        folder: Path,
+        database: Database,
+        vault: Vault,
+        clock: Clock = _now,
+        *,
+        least_free_bytes: int = 0,
+    ) -> None:
+        self._database, self._vault, self._clock = database, vault, clock
+        self._least_free = least_free_bytes
+        self._incoming, self._kept = folder / "incoming", folder / "kept"
+        self._quarantine = folder / "quarantine"
+        for path in (self._incoming, self._kept, self._quarantine):
+            path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._lock_path = folder / "commit.lock"
+        self._waiting: list[_Job] = []
+        self._leading = threading.Lock()
+
+    # -- receiving -------------------------------------------------------------------------------------------------
+
+    def receive(self, arrival: Arrival) -> Receiving:
+        """Begin to write an instance; raises NoRoom before anything is written."""
+        self._look_at_disk()
+        return Receiving(self, arrival)
+
+    def keep(self, arrival: Arrival, header: Peek, chunks: Iterable[bytes]) -> Kept:
+        receiving = self.receive(arrival)
+        try:
+            for chunk in chunks:
+                receiving.write(chunk)
+        except BaseException:
+            receiving.abandon()
+            raise
+        return receiving.keep(header)
+
+    def quarantine(self, arrival: Arrival, chunks: Iterable[bytes], reason: str) -> str:
+        receiving = self.receive(arrival)
+        try:
+            for chunk in chunks:
+                receiving.write(chunk)
+        except BaseException:
+            receiving.abandon()
+            raise
+        return receiving.quarantine(reason)
+
+    # -- asking ----------------------------------------------------------------------------------------------------
+
+    def studies(self) -> list[StudyRow]:
+        counted = (
+            sa.select(
+                _instances.c.study_ref, sa.func.count().label("n"), sa.func.max(_instances.c.received_at).label("last")
+            )
+            .where(~_instances.c.conflict)
+            .group_by(_instances.c.study_ref)
+            .subquery()
+        )
+        query = (
+            sa.select(_studies, counted.c.n, counted.c.last)
+            .join(counted, counted.c.study_ref == _studies.c.ref)
+            .where(_studies.c.key.is_not(None))
+            .order_by(_studies.c.first_received_at)
+        )
+        with self._database.reading() as session:
+            return [
+                StudyRow(row.ref, row.first_received_at, row.last, row.n, row.two_patients, row.held)
+                for row in session.execute(query)
+            ]
+
+    def instances(self, study_ref: str) -> tuple[Instance, ...]:
+        """What the study consists of, in the order received; set-aside conflicts are not part of it."""
+        return self._instances_where(_instances.c.study_ref == study_ref, ~_instances.c.conflict)
+
+    def conflicts(self) -> tuple[Instance, ...]:
+        """Instances that came with other bytes under a SOP Instance UID that was known already."""
+        return self._instances_where(_instances.c.conflict)
+
+    def open(self, instance: Instance) -> bytes:
+        """The whole Part 10 file."""
+        return b"".join(self.chunks(instance))
+
+    def chunks(self, instance: Instance) -> Iterator[bytes]:
+        with self._database.reading() as session:
+            row = session.execute(
+                sa.select(_instances.c.key, _studies.c.key.label("study_key"))
+                .join(_studies, _studies.c.ref == _instances.c.study_ref)
+                .where(_instances.c.ref == instance.ref)
+            ).first()
+        if row is None or row.study_key is None:
+            raise Untrusted("The key of this instance was destroyed: it cannot be read any more.")
+        key = vault.unwrap_under(self._vault.unwrap(row.study_key), row.key)
+        with self._path(instance.ref, instance.received_at).open("rb") as file:
+            yield from vault.read_sealed(file, key)
+
+    def study_uid(self, study_ref: str) -> str:
+        with self._database.reading() as session:
+            sealed = session.execute(sa.select(_studies.c.uid).where(_studies.c.ref == study_ref)).scalar_one()
+        return self._vault.open_text(sealed)
+
+    def find_study(self, study_instance_uid: str) -> str | None:
+        with self._database.reading() as session:
+            found = session.execute(self._study_of(study_instance_uid)).first()
+        return found.ref if found else None
+
+    def held(self, study_ref: str) -> str | None:
+        """Why nothing may be sent for this study, if it is held."""
+        with self._database.reading() as session:
+            reason: str | None = session.execute(
+                sa.select(_studies.c.held).where(_studies.c.ref == study_ref)
+            ).scalar_one()
+        return reason
+
+    def hold(self, study_ref: str, reason: str, who: str = "system") -> None:
+        self._set_held(study_ref, reason, audit.Act("study held", who, reason, study_ref))
+
+    def release(self, study_ref: str, who: str) -> None:
+        self._set_held(study_ref, None, audit.Act("study released", who, "", study_ref))
+
+    def quarantined(self) -> list[Quarantined]:
+        with self._database.reading() as session:
+            rows = session.execute(sa.select(_quarantine).order_by(_quarantine.c.received_at)).all()
+        return [
+            Quarantined(
+                row.ref,
+                row.received_at,
+                row.calling_ae,
+                row.address,
+                row.sop_class_uid,
+                self._vault.open_text(row.sop_uid),
+                row.transfer_syntax_uid,
+                row.size,
+                row.reason,
+            )
+            for row in rows
+        ]
+
+    def open_quarantined(self, ref: str) -> bytes:
+        with self._database.reading() as session:
+            key = session.execute(sa.select(_quarantine.c.key).where(_quarantine.c.ref == ref)).scalar_one()
+        with (self._quarantine / ref).open("rb") as file:
+            return b"".join(vault.read_sealed(file, self._vault.unwrap(key)))
+
+    # -- housekeeping ----------------------------------------------------------------------------------------------
+
+    def sweep(self) -> int:
+        """Remove files that were never acknowledged: left by a crash, and belonging to nobody alive."""
+        stale = [path for path in self._incoming.iterdir() if _nobody_writes(path)]
+        with self._one_at_a_time(), self._database.reading() as session:
+            kept = set(session.execute(sa.select(_instances.c.ref)).scalars())
+            kept |= set(session.execute(sa.select(_quarantine.c.ref)).scalars())
+            files = (path for folder in (self._kept, self._quarantine) for path in folder.rglob("*") if path.is_file())
+            stale += [path for path in files if path.name not in kept]
+            for path in stale:
+                path.unlink(missing_ok=True)
+        return len(stale)
+
+    # -- inside ----------------------------------------------------------------------------------------------------
+
+    def _instances_where(self, *conditions: sa.ColumnElement[bool]) -> tuple[Instance, ...]:
+        query = sa.select(_instances).where(*conditions).order_by(_instances.c.received_at, _instances.c.ref)
+        with self._database.reading() as session:
+            rows = session.execute(query).all()
+        return tuple(
+            Instance(
+                row.ref,
+                row.study_ref,
+                row.sop_class_uid,
+                self._vault.open_text(row.sop_uid),
+                row.transfer_syntax_uid,
+                row.sha256,
+                row.size,
+                row.received_at,
+                row.calling_ae,
+            )
+            for row in rows
+        )
+
+    def _set_held(self, study_ref: str, reason: str | None, act: audit.Act) -> None:
+        with self._database.transaction() as session:
+            session.execute(sa.update(_studies).where(_studies.c.ref == study_ref).values(held=reason))
+            audit.record(session, act, at=self._clock())
+
+    def _look_at_disk(self) -> None:
+        if self._least_free and shutil.disk_usage(self._incoming).free < self._least_free:
+            raise NoRoom("The disk of the inbox is below its watermark: free some space or add a disk.")
+
+    def _path(self, ref: str, at: datetime) -> Path:
+        return self._kept / at.astimezone(UTC).strftime("%Y-%m-%d") / ref
+
+    def _study_of(self, uid: str) -> sa.Select[Any]:
+        return sa.select(_studies).where(_studies.c.uid_blind.in_(self._vault.blinds(uid)))
+
+    def _commit(self, job: _Job) -> Kept:
+        """Name and row for a synced file, together with all others that wait: one fsync and one commit for them."""
+        self._waiting.append(job)
+        with self._leading:
+            if job.kept is None and job.failed is None:
+                batch, self._waiting = self._waiting, []
+                self._commit_batch(batch)
+        if job.failed is not None:
+            raise job.failed
+        assert job.kept is not None
+        return job.kept
+
+    def _commit_batch(self, batch: Sequence[_Job]) -> None:
+        try:
+            with self._one_at_a_time():
+                self._name(batch)
+                with self._database.transaction() as session:
+                    answers = [self._enter(session, job) for job in batch]
+                    audit.record(session, *map(_received, batch, answers), at=batch[0].at)
+        except BaseException as failed:  # noqa: BLE001 – each of those who wait raises it
+            for job in batch:
+                job.failed = failed
+            return
+        for job, answer in zip(batch, answers, strict=True):
+            if answer.outcome == "same":
+                self._path(job.ref, job.at).unlink()
+            job.kept = answer
+
+    def _name(self, batch: Sequence[_Job]) -> None:
+        folders = set()
+        for job in batch:
+            target = self._path(job.ref, job.at)
+            if target.parent not in folders:
+                self._make_folder(target.parent)
+                folders.add(target.parent)
+            job.source.rename(target)
+        for folder in folders:
+            _sync_folder(folder)
+
+    def _make_folder(self, folder: Path) -> None:
+        if not folder.exists():
+            folder.mkdir(mode=0o700, exist_ok=True)
+            _sync_folder(folder.parent)
+
+    @contextmanager
+    def _one_at_a_time(self) -> Iterator[None]:
+        """Over all processes of the site, and without SQLite's polling."""
+        descriptor = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+
+    def _enter(self, session: Session, job: _Job) -> Kept:
+        study_ref, study_key, held = self._enter_study(session, job)
+        known = session.execute(
+            sa.select(_instances.c.ref, _instances.c.study_ref, _instances.c.sha256).where(
+                _instances.c.sop_uid_blind.in_(self._vault.blinds(job.header.sop_instance_uid))
+            )
+        ).all()
+        for row in known:
+            if row.sha256 == job.sha256:
+                return Kept("same", row.study_ref, row.ref, held)
+        outcome: Outcome = "conflict" if known else "new"
+        session.execute(
+            sa.insert(_instances).values(
+                ref=job.ref,
+                study_ref=study_ref,
+                sop_uid_blind=self._vault.blind(job.header.sop_instance_uid),
+                sop_uid=self._vault.seal_text(job.header.sop_instance_uid),
+                sop_class_uid=job.header.sop_class_uid,
+                transfer_syntax_uid=job.arrival.transfer_syntax_uid,
+                sha256=job.sha256,
+                size=job.size,
+                received_at=job.at,
+                calling_ae=job.arrival.calling_ae,
+                key=vault.wrap_under(study_key, job.key),
+                conflict=outcome == "conflict",
+            )
+        )
+        return Kept(outcome, study_ref, job.ref, held)
+
+    def _enter_study(self, session: Session, job: _Job) -> tuple[str, bytes, str | None]:
+        patient = job.header.patient_id.strip()
+        row = session.execute(self._study_of(job.header.study_instance_uid)).first()
+        if row is None:
+            return self._new_study(session, job, patient)
+        held = row.held
+        if row.patient_blind not in self._vault.blinds(patient) and not row.two_patients:
+            held = held or TWO_PATIENTS
+            session.execute(sa.update(_studies).where(_studies.c.ref == row.ref).values(two_patients=True, held=held))
+        return row.ref, self._vault.unwrap(row.key), held
+
+    def _new_study(self, session: Session, job: _Job, patient: str) -> tuple[str, bytes, str | None]:
+        ref, key = secrets.token_hex(16), vault.new_key()
+        session.execute(
+            sa.insert(_studies).values(
+                ref=ref,
+                uid_blind=self._vault.blind(job.header.study_instance_uid),
+                uid=self._vault.seal_text(job.header.study_instance_uid),
+                patient_blind=self._vault.blind(patient),
+                patient=self._vault.seal_text(patient),
+                key=self._vault.wrap(key),
+                first_received_at=job.at,
+                two_patients=False,
+            )
+        )
+        return ref, key, None
+
+    def _enter_quarantine(self, job: _Job, reason: str) -> None:
+        target = self._quarantine / job.ref
+        job.source.rename(target)
+        _sync_folder(self._quarantine)
+        with self._database.transaction() as session:
+            session.execute(
+                sa.insert(_quarantine).values(
+                    ref=job.ref,
+                    received_at=job.at,
+                    calling_ae=job.arrival.calling_ae,
+                    address=job.arrival.address,
+                    sop_uid=self._vault.seal_text(job.arrival.sop_instance_uid),
+                    sop_class_uid=job.arrival.sop_class_uid,
+                    transfer_syntax_uid=job.arrival.transfer_syntax_uid,
+                    size=job.size,
+                    reason=reason,
+                    key=self._vault.wrap(job.key),
+                )
+            )
+            act = audit.Act("instance quarantined", job.arrival.calling_ae, reason, detail={"quarantine": job.ref})
+            audit.record(session, act, at=job.at)
+
+
+class Receiving:
+    """One instance on its way into the inbox. Ends by keep, quarantine or abandon."""
+
+    def __init__(self, inbox: Inbox, arrival: Arrival) -> None:
+        self._inbox, self._arrival = inbox, arrival
+        self._ref, self._key = secrets.token_hex(16), vault.new_key()
+        self._path = inbox._incoming / self._ref
+        self._writer = SealedWriter(self._path, self._key)
+        fcntl.flock(self._writer.descriptor, fcntl.LOCK_EX)  # tells `sweep` that somebody alive is writing
+        self._digest = hashlib.sha256()
+        self._size = 0
+        self._look_again_at = _LOOK_AT_DISK_EVERY
+
+    def write(self, data: bytes | memoryview) -> None:
+        self._digest.update(data)
+        self._size += len(data)
+        if self._size >= self._look_again_at:
+            self._inbox._look_at_disk()
+            self._look_again_at += _LOOK_AT_DISK_EVERY
+        self._writer.write(data)
+
+    def keep(self, header: Peek) -> Kept:
+        try:
+            self._writer.sync()
+            return self._inbox._commit(self._job(header))
+        except BaseException:
+            self._path.unlink(missing_ok=True)
+            raise
+        finally:
+            self._writer.close()
+
+    def quarantine(self, reason: str) -> str:
+        try:
+            self._writer.sync()
+            self._inbox._enter_quarantine(self._job(Peek("", "", "", "")), reason)
+        except BaseException:
+            self._path.unlink(missing_ok=True)
+            raise
+        finally:
+            self._writer.close()
+        return self._ref
+
+    def abandon(self) -> None:
+        self._writer.close()
+        self._path.unlink(missing_ok=True)
+
+    def _job(self, header: Peek) -> _Job:
+        return _Job(
+            self._arrival,
+            header,
+            self._ref,
+            self._key,
+            self._digest.hexdigest(),
+            self._size,
+            self._inbox._clock(),
+            self._path,
+        )
+
+
+def _received(job: _Job, kept: Kept) -> audit.Act:
+    kind = {"new": "instance received", "same": "instance received again", "conflict": "instance set aside"}
+    detail = {"instance": kept.instance_ref, "bytes": job.size, "sha256": job.sha256}
+    return audit.Act(kind[kept.outcome], job.arrival.calling_ae, "", kept.study_ref, detail)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _nobody_writes(path: Path) -> bool:
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True

@@ -1,0 +1,1 @@
+"""The schema's history. A new step: `python -m busgen_cds.store.migrations "what changes"`."""
