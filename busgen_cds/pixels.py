@@ -77,7 +77,7 @@ def prepare(grey: Grey, size: int = SIZE) -> tuple[Plane, Placement]:
     """A grey B-mode region → (1, size, size) in 0..1, and where the region lies in it."""
     if grey.ndim != 2 or grey.dtype != np.uint8 or 0 in grey.shape:
         raise ValueError(f"expected a grey 8-bit image, got {grey.dtype} {grey.shape}")
-    placement = Placement(*grey.shape, size=size)
+    placement = Placement(grey.shape[0], grey.shape[1], size)
     small = resize(grey.astype(np.float32), placement.rows, placement.columns)
     clean = suppress_marks(small)
     square = np.zeros((1, size, size), np.float32)
@@ -116,6 +116,6 @@ def _slide(image: Plane, pick: np.ufunc, radius: int = MARK_RADIUS) -> Plane:
     """A square running minimum or maximum, one axis after the other."""
     for axis in (0, 1):
         padded = np.pad(image, [(radius, radius) if a == axis else (0, 0) for a in (0, 1)], mode="edge")
-        views = np.lib.stride_tricks.sliding_window_view(padded, 2 * radius + 1, axis=axis)  # type: ignore[call-overload]
+        views = np.lib.stride_tricks.sliding_window_view(padded, 2 * radius + 1, axis=axis)
         image = pick.reduce(views, axis=-1)
     return image

@@ -1,0 +1,49 @@
+# The two commands of the README: `make demo` and `make test`. Each sets up what it needs and is quick the second time.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check -q
+LOCKS  := deploy/locks
+
+.PHONY: demo test check lint lock bench clean
+
+demo: $(VENV)/.clinic
+	$(BIN)/busgen-cds demo $(ARGS)
+
+test: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/mypy
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format . && $(BIN)/lint-imports && $(BIN)/mypy
+
+bench: $(VENV)/.test
+	$(BIN)/python -m tests.bench $(ARGS)
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.clinic: $(LOCKS)/clinic.txt pyproject.toml | $(BIN)/python
+	$(PIP) install --no-deps --require-hashes -r $(LOCKS)/clinic.txt
+	$(PIP) install --no-deps -e .
+	touch $@
+
+# torch comes first and alone: its CPU and GPU builds share one version, and nothing else may replace it.
+$(VENV)/.test: $(VENV)/.clinic $(LOCKS)/test.txt
+	$(PIP) install torch==2.13.0
+	$(PIP) install --no-deps --require-hashes -r $(LOCKS)/test.txt
+	touch $@
+
+# Both locks are made together so that a package has one version in both.
+lock: | $(BIN)/python
+	$(PIP) install pip-tools torch==2.13.0
+	$(BIN)/pip-compile -q --strip-extras --generate-hashes --no-emit-index-url --no-emit-trusted-host --no-allow-unsafe --no-header \
+	  --extra train --extra test --unsafe-package torch -o $(LOCKS)/test.txt pyproject.toml
+	$(BIN)/pip-compile -q --strip-extras --generate-hashes --no-emit-index-url --no-emit-trusted-host --no-allow-unsafe --no-header \
+	  -c $(LOCKS)/test.txt -o $(LOCKS)/clinic.txt pyproject.toml
+
+clean:
+	rm -rf $(VENV) demo-site .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,225 @@
+"""A site's settings: one TOML file, read once, at the door.
+
+Rules:
+- Every field says its unit and why its default is what it is. `deploy/busgen-cds.example.toml` shows each of them.
+- Nothing that would let a wrong site start has a default: the prevalence and who may send must be stated.
+- Secrets are references (a file, an environment variable, a command), never values.
+- `BUSGEN_CDS_<SECTION>__<FIELD>` in the environment overrides the file.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from busgen_cds.errors import Misconfigured
+
+FILE = "busgen-cds.toml"
+
+AeTitle = Annotated[str, Field(min_length=1, max_length=16, pattern=r"^[^\\\x00-\x1f]+$")]
+Port = Annotated[int, Field(ge=0, le=65535)]  # 0: a free port from the operating system, for tests
+ObjectKind = Literal["sr", "sc", "seg", "pr"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Site(_Section):
+    name: str = Field(description="Shown on pages and in the audit record.")
+    prevalence: float = Field(
+        gt=0,
+        lt=1,
+        description="Share of cancers among the studies this site sends, 0 to 1. No default: a score means far less "
+        "where cancer is rare, and only the site knows how rare.",
+    )
+
+
+class Peer(_Section):
+    ae_title: AeTitle = Field(description="Calling AE title that may send.")
+    address: str = Field(
+        default="any", description='IP address or network ("10.1.0.0/16") it must come from; "any" only inside a VLAN.'
+    )
+
+
+class Tls(_Section):
+    port: Port = Field(default=2762, description="The port registered for DICOM over TLS.")
+    certificate: Path = Field(description="PEM file with our certificate chain.")
+    key: Path = Field(description="PEM file with its private key, readable by this service alone.")
+    authority: Path = Field(description="PEM file with the authorities whose client certificates are accepted.")
+
+
+class Listener(_Section):
+    ae_title: AeTitle = Field(default="BUSGEN_CDS", description="Our AE title.")
+    host: str = Field(default="0.0.0.0", description="Address to listen on.")
+    port: Port = Field(default=11112, description="The port registered for DICOM.")
+    allow: tuple[Peer, ...] = Field(description="Who may send. No default: an open door is a decision.")
+    processes: int = Field(
+        default=2, ge=1, le=32, description="Receiving processes; one interpreter alone is slower than Orthanc."
+    )
+    associations: int = Field(default=32, ge=1, description="Associations at once, in all.")
+    associations_per_peer: int = Field(default=8, ge=1, description="Associations at once from one AE title.")
+    pdu_bytes: int = Field(default=131_072, ge=4096, description="Largest PDU we offer to receive.")
+    instance_bytes: int = Field(default=4 << 30, ge=1 << 20, description="Largest data set accepted, in bytes.")
+    idle_seconds: float = Field(default=60, gt=0, description="A silent association is closed after this.")
+    free_bytes: int = Field(
+        default=2 << 30, ge=0, description="Below this much free disk, senders are answered 0xA700 (out of resources)."
+    )
+    tls: Tls | None = Field(default=None, description="DICOM over TLS on a port of its own.")
+
+
+class Storage(_Section):
+    folder: Path = Field(default=Path("data"), description="Where received instances are kept, encrypted.")
+    database: str = Field(
+        default="sqlite", description='"sqlite" (a file in the folder), or a PostgreSQL address: postgresql+psycopg://…'
+    )
+    workflows: str = Field(
+        default="sqlite", description='The workflow engine\'s own database: "sqlite", or a PostgreSQL address.'
+    )
+    key_file: Path | None = Field(default=Path("keys/site.key"), description="The site key, in a file of mode 0600.")
+    key_environment: str = Field(default="", description="Or: the environment variable that holds it (base64).")
+    key_command: tuple[str, ...] = Field(default=(), description="Or: a command that prints it (asks a KMS or HSM).")
+
+    @model_validator(mode="after")
+    def one_key_source(self) -> Storage:
+        given = [bool(self.key_environment), bool(self.key_command)]
+        if sum(given) > 1:
+            raise ValueError("name one source of the site key: key_file, key_environment or key_command")
+        return self
+
+
+class Reader(_Section):
+    bundle: Path | None = Field(default=None, description="Folder of the bundle to use; unset: the one shipped.")
+    device: Literal["auto", "cuda", "cpu"] = Field(
+        default="auto", description='"cuda" refuses to start without a GPU; "auto" uses one if it works.'
+    )
+    jobs: int = Field(default=1, ge=1, description="Studies read at the same time by one worker.")
+    frames_per_cine: int = Field(default=96, ge=8, description="Frames sampled from one cine clip at most.")
+
+
+class Study(_Section):
+    silence_seconds: float = Field(default=5, ge=0, description="A study is complete when this long nothing came.")
+    query_node: str = Field(
+        default="", description="A node that can be asked how many images the study has and whose it is (C-FIND)."
+    )
+    count_wait_seconds: float = Field(
+        default=60, ge=0, description="How long a study waits for images that the query node counts and we lack."
+    )
+
+
+class NodeTls(_Section):
+    authority: Path = Field(description="PEM file with the authority that the node's certificate must come from.")
+    certificate: Path | None = Field(default=None, description="Our client certificate.")
+    key: Path | None = Field(default=None, description="Its private key.")
+    check_host: bool = Field(default=True, description="The certificate must name the host.")
+
+
+class Node(_Section):
+    name: str = Field(description="What pages and messages call it.")
+    ae_title: str = Field(default="", max_length=16, description="Its AE title.")
+    host: str = Field(default="", description="Its address.")
+    port: Port = Field(default=104, description="Its DICOM port.")
+    url: str = Field(default="", description="Instead of DICOM: its DICOMweb root, for STOW-RS.")
+    tls: NodeTls | None = Field(default=None, description="TLS towards it.")
+
+    @model_validator(mode="after")
+    def reachable(self) -> Node:
+        if not self.url and not (self.ae_title and self.host):
+            raise ValueError(f"node {self.name!r} needs ae_title and host, or a url")
+        return self
+
+
+class Destination(_Section):
+    node: str = Field(description="Name of the node that gets the results.")
+    kinds: tuple[ObjectKind, ...] = Field(
+        default=("sr", "sc", "seg", "pr"), description="Which objects it gets: report, capture, segmentation, state."
+    )
+    commitment: bool = Field(default=False, description="Ask for storage commitment before calling it confirmed.")
+    rejection_notes: bool = Field(
+        default=False, description="Send IHE IOCM rejection notes for replaced objects; only if the PACS takes them."
+    )
+    nominal_geometry: bool = Field(
+        default=True, description="Give segmentations an invented plane so that OHIF loads them."
+    )
+    deliver_declined: bool = Field(default=True, description='Send "NOT ANALYSED: reason" for declined studies.')
+
+
+class Web(_Section):
+    host: str = Field(default="127.0.0.1", description="Address of the pages; others than loopback need TLS in front.")
+    port: Port = Field(default=8080, description="Port of the pages.")
+
+
+class Settings(BaseSettings):
+    model_config = SettingsConfigDict(
+        extra="forbid",
+        frozen=True,
+        env_prefix="BUSGEN_CDS_",
+        env_nested_delimiter="__",
+        nested_model_default_partial_update=True,
+    )
+
+    site: Site
+    listener: Listener
+    storage: Storage = Storage()
+    reader: Reader = Reader()
+    study: Study = Study()
+    nodes: tuple[Node, ...] = Field(default=(), description="Other systems, by name.")
+    destinations: tuple[Destination, ...] = Field(default=(), description="Where results go.")
+    web: Web = Web()
+    home: Path = Field(default=Path(), description="The site's folder; relative paths start here. Set by reading.")
+
+    @field_validator("nodes")
+    @classmethod
+    def named_once(cls, nodes: tuple[Node, ...]) -> tuple[Node, ...]:
+        names = [node.name for node in nodes]
+        if len(set(names)) < len(names):
+            raise ValueError(f"two nodes have one name: {sorted(n for n in names if names.count(n) > 1)[0]}")
+        return nodes
+
+    @model_validator(mode="after")
+    def nodes_exist(self) -> Settings:
+        known = {node.name for node in self.nodes}
+        wanted = {d.node for d in self.destinations} | ({self.study.query_node} - {""})
+        if missing := wanted - known:
+            raise ValueError(
+                f"no [[nodes]] entry is named {sorted(missing)[0]!r}; there are: {sorted(known) or 'none'}"
+            )
+        return self
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return env_settings, init_settings  # the environment overrides the file
+
+    def path(self, path: Path) -> Path:
+        return path if path.is_absolute() else self.home / path
+
+
+def read(file: Path, **overrides: Any) -> Settings:
+    """Settings from a TOML file; every mistake names its field and what would be right."""
+    try:
+        document = tomllib.loads(file.read_text())
+    except OSError as missing:
+        raise Misconfigured(
+            f"{file} cannot be read ({missing.strerror}): make a site with `busgen-cds init DIR`."
+        ) from missing
+    except tomllib.TOMLDecodeError as broken:
+        raise Misconfigured(f"{file} is not valid TOML: {broken}") from broken
+    try:
+        return Settings(**{**document, "home": file.parent.resolve(), **overrides})
+    except ValidationError as wrong:
+        raise Misconfigured(f"{file}:\n" + "\n".join(_complaints(wrong))) from wrong
+
+
+def _complaints(wrong: ValidationError) -> list[str]:
+    return [f"  {'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']}" for e in wrong.errors()]
