@@ -78,7 +78,7 @@ class Manifest:
         document = json.loads(data)
         document["calibration"] = Calibration(**document["calibration"])
         document["thresholds"] = Thresholds(**document["thresholds"])
-        document["pooling"] = Pooling(**document["pooling"])
+        document["pooling"] = Pooling(*(tuple(document["pooling"][name]) for name in Pooling._fields))
         document["trained_on"] = tuple(document["trained_on"])
         return cls(**document)
 
