@@ -74,7 +74,8 @@ class Inverted(nn.Module):
         self.skips = stride == 1 and inputs == outputs
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.layers(x) if self.skips else self.layers(x)
+        projected: Tensor = self.layers(x)
+        return x + projected if self.skips else projected
 
 
 class Encoder(nn.Module):
@@ -191,7 +192,8 @@ class Reader(nn.Module):
         area = torch.log1p(mask.sigmoid().sum((1, 2, 3)))
         peak = torch.logsumexp(mask.flatten(1), 1) - 5.0
         described = torch.cat([deep.mean((2, 3)).float(), 0.3 * area[:, None], 0.1 * peak[:, None]], 1)
-        return self.presence(described)[:, 0]
+        logit: Tensor = self.presence(described)
+        return logit[:, 0]
 
 
 def attend(mask: Tensor, floor: float, quantum: float) -> Tensor:

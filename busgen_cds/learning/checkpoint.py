@@ -1,0 +1,74 @@
+"""Saving and restoring a run: safetensors only, and the last good file survives anything.
+
+A checkpoint is written beside its place, forced to disk, and renamed over it: a kill or a full disk leaves the old one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from busgen_cds.errors import Misconfigured
+
+
+def write(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
+    """Replace `path` by these tensors and notes, or leave it as it was."""
+    data = save(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+        metadata={"notes": json.dumps(notes, sort_keys=True)},
+    )
+    partial = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        kept = f"the last good one, {path}, is untouched" if path.exists() else "there is no earlier one"
+        raise Misconfigured(f"The checkpoint could not be saved ({error.strerror}); {kept}. Make room.") from error
+
+
+def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and notes of a checkpoint."""
+    try:
+        data = path.read_bytes()
+        tensors = load(data)
+        length = int.from_bytes(data[:8], "little")
+        notes = json.loads(json.loads(data[8 : 8 + length]).get("__metadata__", {}).get("notes", "{}"))
+    except OSError as error:
+        raise Misconfigured(f"The checkpoint {path} cannot be read ({error.strerror}).") from error
+    except (SafetensorError, ValueError) as error:
+        raise Misconfigured(f"{path} is not a checkpoint of ours ({error}).") from error
+    return tensors, notes
+
+
+def part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names start with a prefix, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def optimiser_tensors(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """An optimiser's memory as named tensors."""
+    state = optimiser.state_dict()["state"]
+    return {
+        f"optimiser.{i}.{name}": torch.as_tensor(value) for i, slot in state.items() for name, value in slot.items()
+    }
+
+
+def restore_optimiser(optimiser: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in part(tensors, "optimiser.").items():
+        index, slot = name.split(".", 1)
+        state.setdefault(int(index), {})[slot] = tensor
+    optimiser.load_state_dict({**optimiser.state_dict(), "state": state})

@@ -1,0 +1,228 @@
+"""Manifests → batches, through `pixels.prepare`.
+
+Rules:
+- A patient (or group of near-duplicates) belongs to one split; a training arm never meets a test split, and this is
+  checked, not trusted.
+- What is wrong with a manifest is said with its row and file, before any training starts.
+- Images are prepared once and kept as bytes beside the runs, under a name that changes with whatever made them.
+- A batch is a pure function of (seed, step): a run that was killed goes on with the batches it would have had.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from busgen_cds import pixels
+from busgen_cds.errors import Misconfigured
+
+PATHOLOGIES = ("normal", "benign", "malignant")
+HELD_OUT = frozenset({"test", "device-adapt", "device-test", "site-adapt", "site-test", "excluded"})
+COLUMNS = ("image", "mask", "source", "patient", "pathology", "split")
+UNKNOWN = -1
+
+
+@dataclass(frozen=True)
+class Row:
+    """One image of a manifest."""
+
+    image: str
+    mask: str
+    source: str
+    patient: str
+    pathology: str
+    split: str
+    labels: dict[str, str]  # every column, as written
+    line: int  # of the manifest file
+
+    @property
+    def malignant(self) -> bool:
+        return self.pathology == "malignant"
+
+    @property
+    def lesion(self) -> bool:
+        return self.pathology != "normal"
+
+
+@dataclass(frozen=True)
+class Images:
+    """Prepared images of some rows; every array has one entry per row."""
+
+    rows: tuple[Row, ...]
+    image: NDArray[np.uint8]  # (N, S, S)
+    mask: NDArray[np.uint8]  # (N, S, S): 0..255
+    placed: NDArray[np.int64]  # (N, 2): height and width of the source image
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def pick(self, keep: Sequence[bool] | NDArray[np.bool_]) -> Images:
+        index = np.flatnonzero(np.asarray(keep))
+        return Images(tuple(self.rows[i] for i in index), self.image[index], self.mask[index], self.placed[index])
+
+    def of(self, source: str | None = None, *splits: str) -> Images:
+        return self.pick([source in (None, row.source) and (not splits or row.split in splits) for row in self.rows])
+
+    @property
+    def malignant(self) -> NDArray[np.int64]:
+        return np.array([row.malignant for row in self.rows], np.int64)
+
+    @property
+    def lesion(self) -> NDArray[np.int64]:
+        return np.array([row.lesion for row in self.rows], np.int64)
+
+    @property
+    def patients(self) -> NDArray[np.str_]:
+        return np.array([row.patient for row in self.rows])
+
+    @property
+    def masked(self) -> NDArray[np.int64]:
+        """1 where the lesion's outline is known: drawn, or nothing to draw."""
+        return np.array([bool(row.mask) or not row.lesion for row in self.rows], np.int64)
+
+
+def default_root() -> Path:
+    root = os.environ.get("BUSGEN_DATA")
+    if not root:
+        raise Misconfigured("No data folder: set BUSGEN_DATA, or name the folder with --data.")
+    return Path(root)
+
+
+def read_manifest(root: Path) -> list[Row]:
+    """All rows of `manifest.csv`, checked."""
+    path = root / "manifest.csv"
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            table = csv.DictReader(file)
+            missing = [name for name in COLUMNS if name not in (table.fieldnames or ())]
+            if missing:
+                raise Misconfigured(f"{path} has no column {', '.join(missing)}.")
+            rows = [_row(record, line) for line, record in enumerate(table, start=2)]
+    except OSError as error:
+        raise Misconfigured(f"{path} cannot be read ({error.strerror}).") from error
+    _check(rows, root, path)
+    return rows
+
+
+def _row(record: dict[str, str], line: int) -> Row:
+    image, mask, source, patient, pathology, split = (record[name] or "" for name in COLUMNS)
+    return Row(image, mask, source, patient, pathology, split, labels=dict(record), line=line)
+
+
+def _check(rows: list[Row], root: Path, path: Path) -> None:
+    splits: dict[tuple[str, str], Row] = {}
+    for row in rows:
+        if row.pathology not in PATHOLOGIES:
+            raise Misconfigured(
+                f"{path}, line {row.line} ({row.image}): unknown pathology {row.pathology!r};"
+                f" known are {', '.join(PATHOLOGIES)}."
+            )
+        for name in filter(None, (row.image, row.mask)):
+            if not (root / name).is_file():
+                raise Misconfigured(f"{path}, line {row.line}: the file {name} is missing.")
+        if row.split == "excluded":
+            continue
+        other = splits.setdefault((row.source, row.patient), row)
+        if other.split != row.split:
+            raise Misconfigured(
+                f"{path}: patient {row.patient} is in two splits, {other.split} (line {other.line})"
+                f" and {row.split} (line {row.line})."
+            )
+
+
+def check_arm(rows: Iterable[Row], all_rows: Iterable[Row], folds: bool = False) -> None:
+    """No patient of a held-out split may be seen by an arm, and an arm needs both answers."""
+    rows = list(rows)
+    if not folds:
+        sealed = {(row.source, row.patient) for row in all_rows if row.split in HELD_OUT - {"excluded"}}
+        for row in rows:
+            if row.split in HELD_OUT or (row.source, row.patient) in sealed:
+                raise Misconfigured(
+                    f"Line {row.line} ({row.image}): patient {row.patient} is held out ({row.split}) and may not train."
+                )
+    if len({row.malignant for row in rows}) < 2:
+        only = "malignant" if rows and rows[0].malignant else "not malignant"
+        raise Misconfigured(f"Training needs malignant and other images; the {len(rows)} rows chosen are all {only}.")
+
+
+def fold_of(patient: str, count: int) -> int:
+    """Which of `count` folds a patient belongs to; the same on every machine."""
+    return int(hashlib.sha256(patient.encode()).hexdigest()[:8], 16) % count
+
+
+def load(root: Path, rows: Sequence[Row], cache: Path | None = None, size: int = pixels.SIZE) -> Images:
+    """Prepare the rows' images, or take them from the cache that the same rows made before."""
+    kept = cache / f"prepared-{_key(rows, size)}.npz" if cache else None
+    if kept is not None and kept.exists():
+        with np.load(kept) as arrays:
+            return Images(tuple(rows), arrays["image"], arrays["mask"], arrays["placed"])
+    image = np.zeros((len(rows), size, size), np.uint8)
+    mask = np.zeros_like(image)
+    placed = np.zeros((len(rows), 2), np.int64)
+    for i, row in enumerate(rows):
+        grey = _grey(root / row.image, row)
+        prepared, placement = pixels.prepare(grey, size)
+        image[i] = np.rint(prepared[0] * 255)
+        placed[i] = grey.shape
+        if row.mask:
+            mask[i] = prepare_mask(_grey(root / row.mask, row), placement)
+    if kept is not None:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        partial = kept.with_suffix(f".{os.getpid()}.npz")
+        np.savez(partial, image=image, mask=mask, placed=placed)
+        partial.replace(kept)
+    return Images(tuple(rows), image, mask, placed)
+
+
+def prepare_mask(mask: NDArray[np.uint8], placement: pixels.Placement) -> NDArray[np.uint8]:
+    """A drawn outline, put where `pixels.prepare` puts its image."""
+    small = pixels.resize((mask > 0).astype(np.float32) * 255, placement.rows, placement.columns)
+    square = np.zeros((placement.size, placement.size), np.uint8)
+    square[: placement.rows, placement.left : placement.left + placement.columns] = np.rint(small)
+    return square
+
+
+def _grey(path: Path, row: Row) -> NDArray[np.uint8]:
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("L"))
+    except OSError as error:
+        raise Misconfigured(f"Line {row.line}: {path} cannot be decoded ({error}).") from error
+
+
+def _key(rows: Sequence[Row], size: int) -> str:
+    text = "\n".join(f"{row.image} {row.mask}" for row in rows)
+    return hashlib.sha256(f"{pixels.VERSION} {size}\n{text}".encode()).hexdigest()[:16]
+
+
+def balanced(images: Images) -> NDArray[np.float64]:
+    """Chance of each image to be drawn: sources by the root of their size, and within a source classes alike.
+
+    Without it the network would learn each source's share of cancers instead of what a cancer looks like.
+    """
+    groups: dict[tuple[str, str], list[int]] = defaultdict(list)
+    sources: dict[str, int] = defaultdict(int)
+    for i, row in enumerate(images.rows):
+        groups[row.source, row.pathology].append(i)
+        sources[row.source] += 1
+    weight = np.zeros(len(images))
+    for (source, _), members in groups.items():
+        classes = sum(1 for name, _ in groups if name == source)
+        # half-way between one share per class and the classes' own shares
+        share = 0.5 / classes + 0.5 * len(members) / sources[source]
+        weight[members] = np.sqrt(sources[source]) * share / len(members)
+    return np.asarray(weight / weight.sum())
+
+
+def draw(weights: NDArray[np.float64], count: int, seed: int, step: int) -> NDArray[np.int64]:
+    """The images of one step."""
+    return np.random.default_rng((seed, step)).choice(len(weights), count, p=weights)

@@ -1,0 +1,54 @@
+"""A further task of the reader: one more head, described by a small file.
+
+A task file names a manifest column, the values that make up each class, and the threshold at which each is reported:
+
+    name = "carcinoma-type"
+    column = "histology"
+    [[classes]]
+    name = "invasive"
+    values = ["invasive ductal carcinoma"]
+    threshold = 0.5
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from busgen_cds.errors import Misconfigured
+from busgen_cds.learning.data import UNKNOWN, Row
+
+
+@dataclass(frozen=True)
+class TaskClass:
+    name: str
+    values: tuple[str, ...]
+    threshold: float = 0.5
+
+
+@dataclass(frozen=True)
+class Task:
+    name: str
+    column: str
+    classes: tuple[TaskClass, ...]
+
+    def targets(self, rows: Iterable[Row]) -> list[int]:
+        """The class of each row; -1 where the column holds none of them."""
+        known = {value: i for i, c in enumerate(self.classes) for value in c.values}
+        return [known.get(row.labels.get(self.column, ""), UNKNOWN) for row in rows]
+
+
+def read(path: Path) -> Task:
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+        classes = tuple(
+            TaskClass(c["name"], tuple(c["values"]), float(c.get("threshold", 0.5))) for c in document["classes"]
+        )
+        task = Task(document["name"], document["column"], classes)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Misconfigured(f"The task file {path} cannot be used: {error!r}") from error
+    if len(task.classes) < 2:
+        raise Misconfigured(f"The task file {path} needs two classes at least.")
+    return task
