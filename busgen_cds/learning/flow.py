@@ -82,7 +82,9 @@ def guided(conditional: Velocity, unconditional: Velocity, scale: float, low: fl
     return velocity
 
 
-def sample(velocity: Velocity, x: Tensor, times: Tensor, known: Known | None = None, method: Method = "euler") -> Tensor:
+def sample(
+    velocity: Velocity, x: Tensor, times: Tensor, known: Known | None = None, method: Method = "euler"
+) -> Tensor:
     """Integrate from times[0] to times[-1]; what is known is held on its path after every step."""
     step = {"euler": _euler, "heun": _heun}[method]
     if known is not None:

@@ -1,0 +1,121 @@
+"""Image ⇄ latent: eight times smaller each way, cheap at full resolution, without a checkerboard.
+
+Rules:
+- The network works after a space-to-depth stem; only the last two thin convolutions see every pixel, after the
+  shuffle, and they are what smooths its grid and draws the speckle.
+- Images are (N, 1, S, S) in -1..1; latents (N, L, S/8, S/8) are returned with mean 0 and spread 1 per channel.
+- Nothing mixes the images of a batch.
+
+Network: AutoencoderKL (Rombach et al. 2022, arXiv 2112.10752) of MONAI. Loss: absolute difference, and the difference
+in the features of an ImageNet encoder (Johnson et al. 2016); a patch discriminator (Isola et al. 2017) may be added
+for the last part of the training, where the speckle is learnt.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from monai.networks.nets.autoencoderkl import AutoencoderKL
+from monai.networks.nets.patchgan_discriminator import PatchDiscriminator
+from torch import Tensor, nn
+
+from busgen_cds.learning.reader import Encoder
+
+FACTOR = 8  # pixels per latent cell, each way
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What must be known to build the network again."""
+
+    stem: int = 4  # pixels folded into channels before the network
+    channels: tuple[int, ...] = (96, 128)
+    blocks: int = 1  # residual blocks per level
+    latent: int = 8
+    fine: int = 12  # channels at full resolution, behind the shuffle
+
+    def __post_init__(self) -> None:
+        if self.stem * 2 ** (len(self.channels) - 1) != FACTOR:
+            raise ValueError(f"stem {self.stem} and {len(self.channels)} levels do not shrink by {FACTOR}")
+
+
+class Autoencoder(nn.Module):
+    def __init__(self, shape: Shape = Shape()) -> None:
+        super().__init__()
+        self.shape = shape
+        self.core = AutoencoderKL(
+            spatial_dims=2,
+            in_channels=shape.stem**2,
+            out_channels=shape.fine * shape.stem**2,
+            num_res_blocks=shape.blocks,
+            channels=shape.channels,
+            attention_levels=[False] * len(shape.channels),
+            latent_channels=shape.latent,
+            with_encoder_nonlocal_attn=False,
+            with_decoder_nonlocal_attn=False,
+        )
+        self.fine = nn.Sequential(
+            nn.Conv2d(shape.fine, shape.fine, 3, padding=1), nn.SiLU(), nn.Conv2d(shape.fine, 1, 3, padding=1)
+        )
+        self.mean, self.spread = nn.Buffer(torch.zeros(shape.latent)), nn.Buffer(torch.ones(shape.latent))
+
+    def forward(self, image: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Image through the noisy latent → (its reconstruction, the latent's divergence from a standard normal)."""
+        mu, sigma = self.core.encode(F.pixel_unshuffle(image, self.shape.stem))
+        mu, sigma = mu.float(), sigma.float()
+        divergence = 0.5 * (mu.square() + sigma.square() - 2 * sigma.log() - 1).mean()
+        return self._pixels(mu + sigma * noise), divergence
+
+    def encode(self, image: Tensor) -> Tensor:
+        mu, _ = self.core.encode(F.pixel_unshuffle(image, self.shape.stem))
+        return (mu.float() - self.mean[:, None, None]) / self.spread[:, None, None]
+
+    def decode(self, latent: Tensor) -> Tensor:
+        z = latent * self.spread[:, None, None] + self.mean[:, None, None]
+        return self._pixels(z).clamp(-1, 1)
+
+    def _pixels(self, z: Tensor) -> Tensor:
+        folded = self.core.decode(z)
+        pixels: Tensor = self.fine(F.pixel_shuffle(folded, self.shape.stem))
+        return pixels.float()
+
+    @torch.no_grad()
+    def measure(self, latents: Tensor) -> None:
+        """Keep the mean and spread of raw latents (N, L, h, w), so that `encode` returns standard ones."""
+        whole = latents.transpose(0, 1).flatten(1).double()
+        self.mean.copy_(self.mean + self.spread * whole.mean(1).float())
+        self.spread.copy_(self.spread * whole.std(1).float())
+
+
+class Likeness(nn.Module):
+    """How unlike two images look to an ImageNet encoder: normalised features at strides 4, 8 and 16."""
+
+    def __init__(self, weights: Path) -> None:
+        super().__init__()
+        self.encoder = Encoder()
+        self.encoder.start_from(weights)
+        self.requires_grad_(False)
+
+    def forward(self, image: Tensor, other: Tensor) -> Tensor:
+        ours, theirs = self._features(image), self._features(other)
+        differences = [(a - b).square().sum(1).mean() for a, b in zip(ours, theirs, strict=True)]
+        return torch.stack(differences).sum()
+
+    def _features(self, image: Tensor) -> list[Tensor]:
+        features = self.encoder((image + 1) / 2)
+        return [F.normalize(f.float(), dim=1) for f in features[:-1]]
+
+
+def discriminator() -> nn.Module:
+    """Real or reconstructed, patch by patch; normalised image by image, so that a batch tells nothing."""
+    return PatchDiscriminator(
+        spatial_dims=2, channels=24, in_channels=1, out_channels=1, num_layers_d=3, norm="INSTANCE"
+    )
+
+
+def hinge(real: Tensor, made: Tensor) -> Tensor:
+    """The discriminator's loss (Lim and Ye 2017)."""
+    return (F.relu(1 - real) + F.relu(1 + made)).mean()

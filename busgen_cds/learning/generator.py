@@ -1,0 +1,441 @@
+"""The generator: image and lesion outline together, from nothing or from a healthy breast.
+
+Rules:
+- One network learns p(image, outline | pathology, BI-RADS, device, box, whatever part is known); every use of it,
+  each stage of healthy → lesion too, is a question to that one network.
+- Image i of a seed is always the same image, whatever batch, shard or process makes it.
+- The outline comes out with the image; a normal image has none.
+- Weights travel as safetensors; what the weights need to be used stands in `generator.json` beside them.
+
+The stages of healthy → lesion follow Wen et al. 2026 (J. Med. Imaging 13(2):024002); the box is the user's as in
+BUSGen (Yu et al. 2026, 10.1038/s41551-026-01639-1).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from busgen_cds import pixels
+from busgen_cds.errors import Misconfigured
+from busgen_cds.learning import autoencoder, checkpoint, conditions, data, flow, networks
+from busgen_cds.learning.autoencoder import Autoencoder
+from busgen_cds.learning.conditions import CELL, OUTLINE, Box, BoxPrior, RegionPrior, Vocabulary
+from busgen_cds.learning.networks import Given
+from busgen_cds.pixels import Placement
+
+SHIPPED = Path(__file__).parent.parent / "weights"
+CARD, AUTOENCODER, FLOW, ADAPTER = (
+    "generator.json",
+    "autoencoder.safetensors",
+    "flow.safetensors",
+    "adapter.safetensors",
+)
+Pathology = Literal["normal", "benign", "malignant"]
+Grey = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a picture is asked for; the defaults are those that the shipped figures were measured with."""
+
+    steps: int = 20
+    method: flow.Method = "euler"
+    guidance: float = 2.0
+    low: float = 0.2  # guidance works for low < t < high
+    high: float = 0.8
+    shift: float = 1.0
+    propose_steps: int = 12  # healthy → lesion: the outline needs fewer steps than the picture
+    refine_steps: int = 5
+    refine_from: float = 0.25  # noise of the last stage: enough for a seam, too little for another breast
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One made image: what it shows, and what it was asked to show."""
+
+    image: Grey = field(repr=False)  # (rows, columns)
+    mask: NDArray[np.bool_] = field(repr=False)
+    pathology: Pathology
+    birads: str | None
+    device: str | None
+    box: Box | None
+    seed: int
+    index: int
+
+
+@dataclass(frozen=True)
+class Card:
+    """Everything beside the weights that is needed to use them."""
+
+    size: int
+    autoencoder: autoencoder.Shape
+    network: networks.Shape
+    vocabulary: Vocabulary
+    boxes: BoxPrior
+    regions: RegionPrior
+    trained_on: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        document = {
+            "size": self.size,
+            "autoencoder": dataclasses.asdict(self.autoencoder),
+            "network": dataclasses.asdict(self.network),
+            "vocabulary": [[name, list(labels)] for name, labels in self.vocabulary.names.items()],
+            "boxes": {name: boxes.round(4).tolist() for name, boxes in self.boxes.boxes.items()},
+            "bandwidth": dict(self.boxes.bandwidth),
+            "regions": {name: list(q) for name, q in self.regions.quantiles.items()},
+            "trained_on": list(self.trained_on),
+            "settings": dict(self.settings),
+        }
+        return json.dumps(document, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Card:
+        document = json.loads(text)
+        boxes = {name: np.array(b, np.float32).reshape(-1, 4) for name, b in document["boxes"].items()}
+        return cls(
+            size=document["size"],
+            autoencoder=autoencoder.Shape(**_tuples(document["autoencoder"])),
+            network=networks.Shape(**_tuples(document["network"])),
+            vocabulary=Vocabulary({name: tuple(labels) for name, labels in document["vocabulary"]}),
+            boxes=BoxPrior(boxes, document["bandwidth"]),
+            regions=RegionPrior({name: tuple(q) for name, q in document["regions"].items()}),
+            trained_on=tuple(document["trained_on"]),
+            settings=document["settings"],
+        )
+
+
+def _tuples(document: dict[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in document.items()}
+
+
+@dataclass(frozen=True)
+class Wish:
+    """One image asked for, with everything drawn that was left open."""
+
+    index: int
+    pathology: Pathology
+    birads: str | None
+    device: str | None
+    box: Box | None
+    placement: Placement
+    mask: Grey | None = field(default=None, repr=False)  # (S, S), 0..255, as prepared
+    healthy: Grey | None = field(default=None, repr=False)  # (S, S), as prepared
+    labels: Mapping[str, str] = field(default_factory=dict)  # of a task's own conditions
+
+
+class Generator:
+    def __init__(self, card: Card, coder: Autoencoder, network: networks.Network, device: torch.device | str = "cpu"):
+        self.card, self.device = card, torch.device(device)
+        self.coder = coder.to(self.device).eval()
+        self.network = network.to(self.device).eval()
+
+    @classmethod
+    def load(
+        cls, folder: Path = SHIPPED, *, adapter: Path | None = None, device: torch.device | str | None = None
+    ) -> Generator:
+        """The generator of a folder (that of the package unless another is named), with an adapter if wished."""
+        try:
+            card = Card.from_json((folder / CARD).read_text(encoding="utf-8"))
+        except OSError as missing:
+            raise Misconfigured(f"No generator in {folder}: {CARD} cannot be read ({missing.strerror}).") from missing
+        coder = Autoencoder(card.autoencoder)
+        coder.load_state_dict(_wide(checkpoint.read(folder / AUTOENCODER)[0]))
+        network = networks.build(card.network, card.vocabulary)
+        network.load_state_dict(_wide(checkpoint.read(folder / FLOW)[0]))
+        if adapter is not None:
+            card = adapted(card, network, adapter)
+        return cls(card, coder, network, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+    def save(self, folder: Path) -> None:
+        """Half precision; the card last, so that a folder without it is no generator."""
+        folder.mkdir(parents=True, exist_ok=True)
+        checkpoint.write(folder / AUTOENCODER, _half(self.coder.state_dict()), {})
+        checkpoint.write(folder / FLOW, _half(self.network.state_dict()), {})
+        (folder / CARD).write_text(self.card.to_json(), encoding="utf-8")
+
+    # Asking
+
+    def sample(
+        self,
+        count: int = 1,
+        *,
+        pathology: Pathology,
+        birads: str | None = None,
+        device: str | None = None,
+        box: Box | Sequence[float] | None = None,
+        mask: NDArray[Any] | None = None,
+        healthy: Grey | None = None,
+        labels: Mapping[str, str] | None = None,
+        seed: int = 0,
+        first: int = 0,
+        sampling: Sampling = Sampling(),
+        tell: Callable[[int, int], None] = lambda done, steps: None,
+    ) -> list[Sample]:
+        """Images `first` to `first + count` of a seed. A box, a mask or a healthy image may be given.
+
+        box: left, top, right, bottom as fractions of the image; mask: an outline of any size, true in the lesion;
+        healthy: a grey breast image in which the lesion shall grow. What is not given is drawn.
+        """
+        wishes = [
+            self.wish(first + i, seed, pathology, birads, device, box, mask, healthy, labels or {})
+            for i in range(count)
+        ]
+        return self.grant(wishes, seed, sampling, tell)
+
+    def wish(
+        self,
+        index: int,
+        seed: int,
+        pathology: Pathology,
+        birads: str | None = None,
+        device: str | None = None,
+        box: Box | Sequence[float] | None = None,
+        mask: NDArray[Any] | None = None,
+        healthy: Grey | None = None,
+        labels: Mapping[str, str] = {},
+    ) -> Wish:
+        """Check one question and draw what it leaves open."""
+        if pathology == "normal" and (box is not None or mask is not None or healthy is not None):
+            raise Misconfigured("A normal image has no lesion: give no box, mask or healthy image with it.")
+        if mask is not None and healthy is not None and mask.shape != healthy.shape:
+            raise Misconfigured(f"The mask {mask.shape} and the healthy image {healthy.shape} differ in size.")
+        self.card.vocabulary.index({"pathology": pathology, "birads": birads, "device": device, **labels})
+        rng = np.random.default_rng((seed, index))
+        drawn = conditions.placement(self.card.regions.draw(device, rng), self.card.size)
+        given = healthy if healthy is not None else mask
+        place = drawn if given is None else Placement(given.shape[0], given.shape[1], self.card.size)
+        if box is None and mask is None and pathology != "normal":
+            box = self.card.boxes.draw(pathology, rng)
+        outline = None if mask is None else data.prepare_mask(np.where(mask > 0, 255, 0).astype(np.uint8), place)
+        breast = None if healthy is None else np.rint(pixels.prepare(healthy, self.card.size)[0][0] * 255)
+        return Wish(
+            index,
+            pathology,
+            birads,
+            device,
+            _checked(box) if box is not None else conditions.box_of(outline, place) if outline is not None else None,
+            place,
+            outline,
+            None if breast is None else breast.astype(np.uint8),
+            labels,
+        )
+
+    @torch.inference_mode()
+    def grant(
+        self,
+        wishes: Sequence[Wish],
+        seed: int,
+        sampling: Sampling = Sampling(),
+        tell: Callable[[int, int], None] = lambda done, steps: None,
+    ) -> list[Sample]:
+        """Make the images of some wishes, all from nothing or all from a healthy image."""
+        if not wishes:
+            return []
+        noise = torch.stack([self._noise(seed, wish.index) for wish in wishes]).to(self.device)
+        if wishes[0].healthy is None:
+            x = self._from_nothing(wishes, noise, sampling, tell)
+        else:
+            x = self._from_healthy(wishes, noise, sampling, tell)
+        image, mask = self.decode(x)
+        return [self._sample(wish, image[i], mask[i], seed) for i, wish in enumerate(wishes)]
+
+    def decode(self, x: Tensor) -> tuple[Grey, NDArray[np.bool_]]:
+        """(N, latent + OUTLINE, h, w) → grey images (N, S, S) and their outlines."""
+        latent = self.card.network.latent
+        image = torch.cat([self.coder.decode(part[:, :latent]) for part in torch.split(x.float(), 32)])
+        grey = ((image[:, 0] + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
+        return grey, conditions.outline_mask(x[:, latent:]).cpu().numpy()
+
+    # The questions
+
+    def _from_nothing(
+        self, wishes: Sequence[Wish], noise: Tensor, s: Sampling, tell: Callable[[int, int], None]
+    ) -> Tensor:
+        given = self.given(wishes)
+        known = flow.Known(given.data, noise, self._everywhere(given.where))
+        return flow.sample(
+            self._velocity(given, s, tell, s.steps), noise, flow.schedule(s.steps, 1.0, s.shift), known, s.method
+        )
+
+    def _from_healthy(
+        self, wishes: Sequence[Wish], noise: Tensor, s: Sampling, tell: Callable[[int, int], None]
+    ) -> Tensor:
+        """Propose an outline that fits this breast; set the lesion in; smooth the whole."""
+        breast = torch.from_numpy(np.stack([wish.healthy for wish in wishes if wish.healthy is not None]))
+        latent = self.coder.encode(breast[:, None].float().to(self.device) / 127.5 - 1)
+        given = self.given(wishes)
+        steps = s.propose_steps + s.steps + s.refine_steps
+
+        # 1. An outline, in a room around the box; breast and emptiness known outside.
+        asked = torch.tensor([wish.mask is None for wish in wishes], device=self.device).reshape(-1, 1, 1, 1)
+        empty = torch.full_like(given.data[:, latent.shape[1] :], -1)
+        room = grown(given.box, 1)
+        outside = torch.where(asked, 1 - room, torch.zeros_like(room))
+        first = given._replace(
+            data=torch.cat([latent, torch.where(asked, empty, given.data[:, latent.shape[1] :])], 1),
+            where=torch.cat([1 - room, torch.where(asked, outside, torch.ones_like(room))], 1),
+        )
+        proposal = self._solve(first, noise, s, s.propose_steps, 1.0, lambda done, _: tell(done, steps))
+
+        # 2. The lesion, its outline and the healthy surroundings known; its shadow may fall below it.
+        outline = proposal[:, latent.shape[1] :]
+        free = shadowed(grown((outline.amax(1, keepdim=True) > -0.5).float(), 1))
+        second = given._replace(
+            data=torch.cat([latent, outline], 1), where=torch.cat([1 - free, torch.ones_like(free)], 1)
+        )
+        painted = self._solve(second, noise, s, s.steps, 1.0, lambda done, _: tell(s.propose_steps + done, steps))
+
+        # 3. The whole at low noise, only the outline known: no seam is left.
+        third = second._replace(where=torch.cat([torch.zeros_like(free), torch.ones_like(free)], 1))
+        third = third._replace(data=third.data * self._everywhere(third.where))
+        start = flow.between(painted, noise, torch.full((len(noise),), s.refine_from, device=self.device))
+        before = s.propose_steps + s.steps
+        return self._solve(
+            third, start, s, s.refine_steps, s.refine_from, lambda done, _: tell(before + done, steps), noise
+        )
+
+    def _solve(
+        self,
+        given: Given,
+        x: Tensor,
+        s: Sampling,
+        steps: int,
+        start: float,
+        tell: Callable[[int, int], None],
+        noise: Tensor | None = None,
+    ) -> Tensor:
+        where = self._everywhere(given.where)
+        known = flow.Known(given.data, x if noise is None else noise, where)
+        given = given._replace(data=given.data * where)
+        return flow.sample(
+            self._velocity(given, s, tell, steps), x, flow.schedule(steps, start, s.shift), known, s.method
+        )
+
+    def _velocity(self, given: Given, s: Sampling, tell: Callable[[int, int], None], steps: int) -> flow.Velocity:
+        without = given.unconditional()
+        asked = 0
+
+        def conditional(x: Tensor, t: Tensor) -> Tensor:
+            nonlocal asked
+            asked += 1
+            tell(min(asked, steps), steps)
+            return self._evaluate(x, t, given)
+
+        return flow.guided(conditional, lambda x, t: self._evaluate(x, t, without), s.guidance, s.low, s.high)
+
+    def _evaluate(self, x: Tensor, t: Tensor, given: Given) -> Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16):
+            return self.network(x, t, given)  # type: ignore[no-any-return]
+
+    def given(self, wishes: Sequence[Wish]) -> Given:
+        """What the network is told of each wish."""
+        return networks.joined([self._given(wish) for wish in wishes]).to(self.device)
+
+    def _given(self, wish: Wish) -> Given:
+        cells, latent = self.card.size // CELL, self.card.network.latent
+        labels = {"pathology": wish.pathology, "birads": wish.birads, "device": wish.device, **wish.labels}
+        known = torch.zeros(1, latent + OUTLINE, cells, cells)
+        where = torch.zeros(1, 2, cells, cells)
+        if wish.mask is not None or wish.pathology == "normal":
+            mask = np.zeros((self.card.size,) * 2, np.uint8) if wish.mask is None else wish.mask
+            known[0, latent:] = conditions.outline_planes(mask)
+            where[:, 1] = 1
+        box = torch.zeros(cells, cells)
+        if wish.box is not None:
+            box = conditions.cover(*conditions.in_cells(wish.box, wish.placement), cells)
+        return Given(
+            torch.tensor([self.card.vocabulary.index(labels)]),
+            known,
+            where,
+            box[None, None],
+            torch.tensor([float(wish.box is not None)]),
+            conditions.region_plane(wish.placement)[None, None],
+        )
+
+    def _everywhere(self, where: Tensor) -> Tensor:
+        """(N, 2, h, w) → one plane per channel that flows."""
+        return spread(where, self.card.network.latent)
+
+    def _noise(self, seed: int, index: int) -> Tensor:
+        cells = self.card.size // CELL
+        number = int(np.random.default_rng((seed, index, 1)).integers(2**62))
+        return torch.randn(self.card.network.planes, cells, cells, generator=torch.Generator().manual_seed(number))
+
+    def _sample(self, wish: Wish, image: Grey, mask: NDArray[np.bool_], seed: int) -> Sample:
+        place = wish.placement
+        mask = place.crop(mask) if wish.pathology != "normal" else np.zeros_like(place.crop(mask))
+        return Sample(
+            np.ascontiguousarray(place.crop(image)),
+            np.ascontiguousarray(mask),
+            wish.pathology,
+            wish.birads,
+            wish.device,
+            wish.box,
+            seed,
+            wish.index,
+        )
+
+
+def spread(where: Tensor, latent: int) -> Tensor:
+    """(N, 2, h, w), image and outline → (N, latent + OUTLINE, h, w)."""
+    return torch.cat([where[:, :1].expand(-1, latent, -1, -1), where[:, 1:].expand(-1, OUTLINE, -1, -1)], 1)
+
+
+def grown(plane: Tensor, cells: int) -> Tensor:
+    """Every cell that a plane touches, and its neighbours up to some cells away."""
+    return F.max_pool2d((plane > 0).float(), 2 * cells + 1, 1, cells)
+
+
+def shadowed(plane: Tensor) -> Tensor:
+    """A plane and everything below it: a lesion changes how its shadow looks, down to the last echo."""
+    return plane.cummax(2).values
+
+
+def _checked(box: Box | Sequence[float]) -> Box:
+    box = Box(*map(float, box))
+    if not (0 <= box.left < box.right <= 1 and 0 <= box.top < box.bottom <= 1):
+        raise Misconfigured(f"A box is left, top, right, bottom as fractions of the image; {tuple(box)} is none.")
+    return box
+
+
+def adapted(card: Card, network: networks.Network, path: Path) -> Card:
+    """Put an adapter into the network, and its new labels into the card."""
+    weights, notes = checkpoint.read(path)
+    vocabulary = Vocabulary({name: tuple(labels) for name, labels in notes["vocabulary"]})
+    network.conditions.grow(vocabulary)
+    networks.adapt(network, int(notes["rank"]))
+    networks.load_adapter_weights(network, _wide(weights))
+    boxes = {name: np.array(b, np.float32).reshape(-1, 4) for name, b in notes["boxes"].items()}
+    regions = {name: tuple(q) for name, q in notes["regions"].items()}
+    return dataclasses.replace(
+        card,
+        vocabulary=vocabulary,
+        boxes=BoxPrior({**card.boxes.boxes, **boxes}, {**card.boxes.bandwidth, **notes["bandwidth"]}),
+        regions=RegionPrior({**card.regions.quantiles, **regions}),
+    )
+
+
+def batches(wishes: Sequence[Wish], size: int) -> Iterator[Sequence[Wish]]:
+    for i in range(0, len(wishes), size):
+        yield wishes[i : i + size]
+
+
+def _half(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: t.half() if t.is_floating_point() else t for name, t in tensors.items()}
+
+
+def _wide(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
