@@ -1,0 +1,34 @@
+"""Real programs that tests drive: a missing one is said aloud and skips, or fails where the build promised it.
+
+`BUSGEN_REQUIRE_PROGRAMS=1` (set by .ci/run) turns each such skip into a failure.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+from pathlib import Path
+
+import pytest
+
+
+def need(*programs: str) -> None:
+    """Programs by name on the PATH, or files by absolute path."""
+    missing = [name for name in programs if not (Path(name).exists() if "/" in name else shutil.which(name))]
+    if missing:
+        absent(f"not installed: {', '.join(missing)}; .ci/run lists the packages")
+
+
+def absent(what: str) -> None:
+    """Skip this test, or fail it where every program was promised."""
+    if os.environ.get("BUSGEN_REQUIRE_PROGRAMS") == "1":
+        pytest.fail(what)
+    pytest.skip(what)
+
+
+def free_port() -> int:
+    """A port nobody listens on now, from the operating system."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
