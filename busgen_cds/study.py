@@ -9,6 +9,7 @@ Rules:
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -108,6 +109,12 @@ class Scanner:
     station: str = ""
 
 
+def evidence_digest(received: Iterable[tuple[str, str]]) -> str:
+    """Of SOP Instance UIDs with the SHA-256 of what was received under them; their order does not matter."""
+    lines = "\n".join(f"{uid} {sha}" for uid, sha in sorted(received))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
 @dataclass(frozen=True)
 class Study:
     uid: str
@@ -121,8 +128,7 @@ class Study:
     @property
     def evidence_digest(self) -> str:
         """Names exactly what was received: the same bytes always give the same results."""
-        lines = "\n".join(f"{uid} {sha}" for uid, sha in sorted(self.received))
-        return hashlib.sha256(lines.encode()).hexdigest()
+        return evidence_digest(self.received)
 
     @property
     def images(self) -> tuple[Source, ...]:

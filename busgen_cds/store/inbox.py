@@ -65,6 +65,7 @@ class InstanceTable(Base):
             postgresql_where=sa.text("NOT conflict"),
         ),
         sa.Index("ix_instance_study_ref", "study_ref", "received_at"),
+        sa.Index("ix_instance_received_at", "received_at"),  # what came lately: the sweep asks every half minute
     )
 
     ref: Mapped[str] = mapped_column(sa.String(32), primary_key=True)
