@@ -255,7 +255,7 @@ def _flow(box: tuple[int, int, int, int], seed: int, moment: int) -> Image.Image
 
 
 def _draw_marks(draw: ImageDraw.ImageDraw) -> None:
-    left, top, right, bottom = REGION
+    _, top, right, bottom = REGION
     draw.text((12, 10), "EXAMPLE HOSPITAL   US Breast   12L  MI 0.9  TIs 0.2", fill=(235, 235, 235))
     draw.text((12, 90), "2D\nG 55\nDR 60\nFR 31", fill=(200, 200, 60))
     draw.rectangle((30, 220, 44, 420), outline=(120, 120, 120))
