@@ -80,16 +80,11 @@ class Storage(_Section):
     workflows: str = Field(
         default="sqlite", description='The workflow engine\'s own database: "sqlite", or a PostgreSQL address.'
     )
-    key_file: Path | None = Field(default=Path("keys/site.key"), description="The site key, in a file of mode 0600.")
-    key_environment: str = Field(default="", description="Or: the environment variable that holds it (base64).")
-    key_command: tuple[str, ...] = Field(default=(), description="Or: a command that prints it (asks a KMS or HSM).")
-
-    @model_validator(mode="after")
-    def one_key_source(self) -> Storage:
-        given = [bool(self.key_environment), bool(self.key_command)]
-        if sum(given) > 1:
-            raise ValueError("name one source of the site key: key_file, key_environment or key_command")
-        return self
+    key: str = Field(
+        default="file:keys/site.key",
+        pattern=r"^(file|env|command):.+",
+        description="Where the site key is: file:PATH (mode 0600), env:NAME, or command:PROGRAM that asks a KMS or HSM.",
+    )
 
 
 class Reader(_Section):
@@ -98,7 +93,6 @@ class Reader(_Section):
         default="auto", description='"cuda" refuses to start without a GPU; "auto" uses one if it works.'
     )
     jobs: int = Field(default=1, ge=1, description="Studies read at the same time by one worker.")
-    frames_per_cine: int = Field(default=96, ge=8, description="Frames sampled from one cine clip at most.")
 
 
 class Study(_Section):
