@@ -83,7 +83,7 @@ class Storage(_Section):
     key: str = Field(
         default="file:keys/site.key",
         pattern=r"^(file|env|command):.+",
-        description="Where the site key is: file:PATH (mode 0600), env:NAME, or command:PROGRAM that asks a KMS or HSM.",
+        description="Where the site key is: file:PATH (mode 0600), env:NAME, or command:PROGRAM (asks a KMS or HSM).",
     )
 
 
