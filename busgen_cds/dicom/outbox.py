@@ -22,7 +22,7 @@ import urllib.request
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import pydicom
 from pydicom.dataset import Dataset
@@ -38,7 +38,6 @@ from pynetdicom.sop_class import (  # type: ignore[attr-defined]
 )
 
 from busgen_cds.errors import Misconfigured, Transient
-from busgen_cds.result import Rendered
 
 FIND = StudyRootQueryRetrieveInformationModelFind
 REQUEST_COMMITMENT = 1  # PS3.4 J.3.2: action type
@@ -72,6 +71,19 @@ class Node:
 
     def __str__(self) -> str:
         return f"{self.name} ({self.url or f'{self.ae_title}@{self.host}:{self.port}'})"
+
+
+class Sendable(Protocol):
+    """A whole Part 10 file and how it is addressed: one of our own objects, or any other."""
+
+    @property
+    def sop_class_uid(self) -> str: ...
+    @property
+    def sop_instance_uid(self) -> str: ...
+    @property
+    def transfer_syntax_uid(self) -> str: ...
+    @property
+    def data(self) -> bytes: ...
 
 
 class Sent(NamedTuple):
@@ -119,7 +131,7 @@ _NOT_KEPT = {
 }
 
 
-def send(objects: Sequence[Rendered], to: Node) -> Iterator[Sent]:
+def send(objects: Sequence[Sendable], to: Node) -> Iterator[Sent]:
     """Send each object; what the PACS says comes as it is said, so that nothing said is lost when it breaks off."""
     return _stow(objects, to) if to.url else _store(objects, to)
 
@@ -127,7 +139,7 @@ def send(objects: Sequence[Rendered], to: Node) -> Iterator[Sent]:
 # ---- C-STORE
 
 
-def _store(objects: Sequence[Rendered], to: Node) -> Iterator[Sent]:
+def _store(objects: Sequence[Sendable], to: Node) -> Iterator[Sent]:
     try:
         with _association(to, _storage_contexts(objects)) as association:
             for number, each in enumerate(objects, 1):
@@ -137,7 +149,7 @@ def _store(objects: Sequence[Rendered], to: Node) -> Iterator[Sent]:
             yield Sent(each.sop_instance_uid, False, "SOP class not supported: no presentation context accepted")
 
 
-def _store_one(association: Association, each: Rendered, number: int, to: Node) -> Sent:
+def _store_one(association: Association, each: Sendable, number: int, to: Node) -> Sent:
     dataset = pydicom.dcmread(io.BytesIO(each.data))
     try:
         answer = association.send_c_store(dataset, msg_id=number % 65535 + 1)
@@ -163,7 +175,7 @@ def _refusal(status: int) -> str:
     return _REFUSALS.get(status, "refused")
 
 
-def _storage_contexts(objects: Iterable[Rendered]) -> list[PresentationContext]:
+def _storage_contexts(objects: Iterable[Sendable]) -> list[PresentationContext]:
     pairs: dict[tuple[str, str], None] = {}
     for each in objects:
         pairs[each.sop_class_uid, each.transfer_syntax_uid] = None
@@ -177,7 +189,7 @@ def _storage_contexts(objects: Iterable[Rendered]) -> list[PresentationContext]:
 _BOUNDARY = "busgen-cds-object-boundary-5c1f6b3ad1"
 
 
-def _stow(objects: Sequence[Rendered], to: Node) -> Iterator[Sent]:
+def _stow(objects: Sequence[Sendable], to: Node) -> Iterator[Sent]:
     """One object a request, so that a refused one stops no other."""
     for each in objects:
         code, body = _post(each, to)
@@ -192,7 +204,7 @@ def _stow(objects: Sequence[Rendered], to: Node) -> Iterator[Sent]:
         yield Sent(each.sop_instance_uid, stored, "" if stored else reason or f"HTTP {code}")
 
 
-def _post(each: Rendered, to: Node) -> tuple[int, bytes]:
+def _post(each: Sendable, to: Node) -> tuple[int, bytes]:
     head = f"--{_BOUNDARY}\r\nContent-Type: application/dicom\r\n\r\n".encode()
     body = head + each.data + f"\r\n--{_BOUNDARY}--\r\n".encode()
     request = urllib.request.Request(to.url.rstrip("/") + "/studies", data=body, method="POST")
@@ -426,4 +438,3 @@ def _tls_context(tls: Tls | None, node: Node) -> ssl.SSLContext:
     except (OSError, ssl.SSLError) as wrong:
         raise Misconfigured(f"The TLS files of {node} cannot be used: {wrong}.") from wrong
     return context
-

@@ -1,0 +1,45 @@
+"""DICOM files by their headers: whose study is this, and how would it be sent."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass, field
+
+import pydicom
+from pydicom.errors import InvalidDicomError
+
+
+@dataclass(frozen=True)
+class File:
+    """A whole Part 10 file, addressed by its own header."""
+
+    sop_class_uid: str
+    sop_instance_uid: str
+    transfer_syntax_uid: str
+    data: bytes = field(repr=False)
+
+
+def study_uid(data: bytes) -> str:
+    """The Study Instance UID; a ValueError says why there is none."""
+    header = _header(data, ["StudyInstanceUID"])
+    uid = str(header.get("StudyInstanceUID", "") or "").strip()
+    if not uid:
+        raise ValueError("no Study Instance UID: this file belongs to no study")
+    return uid
+
+
+def open_file(data: bytes) -> File:
+    """A file as the outbox takes it, bytes as they are; a ValueError says why it cannot be sent."""
+    header = _header(data, ["SOPClassUID", "SOPInstanceUID"])
+    syntax = str(header.file_meta.get("TransferSyntaxUID", ""))
+    sop_class, sop_instance = (str(header.get(name, "")) for name in ("SOPClassUID", "SOPInstanceUID"))
+    if not (syntax and sop_class and sop_instance):
+        raise ValueError("no SOP class, SOP Instance UID or transfer syntax: this file cannot be sent")
+    return File(sop_class, sop_instance, syntax, data)
+
+
+def _header(data: bytes, names: list[str]) -> pydicom.FileDataset:
+    try:
+        return pydicom.dcmread(io.BytesIO(data), stop_before_pixels=True, specific_tags=names)
+    except (InvalidDicomError, EOFError, OSError, ValueError, KeyError, AttributeError, NotImplementedError) as broken:
+        raise ValueError(f"not a readable DICOM file ({type(broken).__name__})") from broken
