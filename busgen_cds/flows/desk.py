@@ -1,0 +1,225 @@
+"""Where work is asked for: any process of the site may ask; a worker does it.
+
+Rules:
+- Asking twice for the same thing is asking once: workflows are named by what they are about and by the attempt.
+- What is said here is a hint that something is to do. What is to do stands in our own database, so that whatever a
+  crash swallows is asked for again by the next sweep.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from dbos import DBOS, DBOSClient, DebouncerClient
+
+from busgen_cds.flows.services import Waits, log
+from busgen_cds.store.jobs import Jobs
+from busgen_cds.store.results import Delivery, Results
+
+APPLICATION = "busgen-cds"
+SHAPE = "1"  # of the workflows: a new one when their steps change, so that none is recovered into other steps
+COMPLETE, READ, DELIVER = "complete", "read", "deliver"
+# The workflows' names, as they stand in DBOS's database.
+COMPLETE_STUDY, READ_STUDY, DELIVER_RESULT = "complete_study", "read_study", "deliver_result"
+WAKES_EARLY = 1.2  # DBOS looks once a second for delayed workflows; the rest of a silence is waited for exactly
+
+_ACTIVE = ("PENDING", "ENQUEUED", "DELAYED")
+_GAVE_UP = "MAX_RECOVERY_ATTEMPTS_EXCEEDED"
+
+
+def prepare(url: str) -> None:
+    """Create or migrate the workflow engine's own database."""
+    address = sa.make_url(url)
+    if address.get_backend_name() == "sqlite" and address.database:
+        Path(address.database).parent.mkdir(parents=True, exist_ok=True)
+        connection = sqlite3.connect(address.database, timeout=30)
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")  # readers and a writer at once; it stays with the file
+        finally:
+            connection.close()
+    DBOS.migrate(url)
+
+
+class Desk:
+    def __init__(self, url: str, results: Results, jobs: Jobs, waits: Waits) -> None:
+        self._url, self.results, self.jobs, self.waits = url, results, jobs, waits
+        self._client: DBOSClient | None = None
+        self._opening = threading.Lock()
+
+    @property
+    def client(self) -> DBOSClient:
+        with self._opening:
+            if self._client is None:
+                self._client = DBOSClient(system_database_url=self._url, application_name=APPLICATION)
+            return self._client
+
+    def close(self) -> None:
+        if self._client is not None:
+            self._client.destroy()
+            self._client = None
+
+    # -- reading -----------------------------------------------------------------------------------------------------
+
+    def arrived(self, study_ref: str, quiet_seconds: float | None = None) -> None:
+        """Something of this study came: it is looked at when it has been quiet for so long."""
+        quiet = self.waits.silence if quiet_seconds is None else quiet_seconds
+        options: Any = {"workflow_name": COMPLETE_STUDY, "queue_name": COMPLETE, "app_version": SHAPE}
+        debouncer = DebouncerClient(self.client, options)
+        debouncer.debounce(study_ref, max(0.0, quiet - WAKES_EARLY), study_ref, quiet)
+
+    def read(self, study_ref: str, evidence_digest: str) -> str:
+        """Have this evidence read, unless that is under way, parked, or not to be."""
+        if self.jobs.engine_stopped() is not None:
+            return "engine stopped"
+        job = self.jobs.begin(study_ref, evidence_digest)
+        while job.state != "parked":
+            name = f"read-{study_ref}-{evidence_digest[:16]}-{job.attempt}"
+            status = self._status(name)
+            if status is None:
+                self._ask(READ_STUDY, READ, name, study_ref, evidence_digest, job.attempt)
+                return "asked"
+            if status in _ACTIVE:
+                return "under way"
+            if status == _GAVE_UP:
+                self.jobs.park(study_ref, "Reading it ended the worker again and again: look at its log, then retry.")
+                return "parked"
+            job = self.jobs.another_attempt(job)
+        return "parked"
+
+    def read_later(self, study_ref: str, evidence_digest: str, after_seconds: float) -> None:
+        """Another attempt at the same evidence, after a transient failure."""
+        job = self.jobs.another_attempt(self.jobs.begin(study_ref, evidence_digest))
+        name = f"read-{study_ref}-{evidence_digest[:16]}-{job.attempt}"
+        self._ask(READ_STUDY, READ, name, study_ref, evidence_digest, job.attempt, delay_seconds=after_seconds)
+
+    # -- delivering --------------------------------------------------------------------------------------------------
+
+    def deliver(self, delivery: Delivery, *, after_seconds: float = 0.0) -> str:
+        name = _name(delivery)
+        status = self._status(name)
+        if status is None:
+            self._ask(DELIVER_RESULT, DELIVER, name, delivery.ref, delivery.tries, delay_seconds=after_seconds)
+            return "asked"
+        if status in _ACTIVE:
+            return "under way"
+        if status == _GAVE_UP:
+            self.results.move(delivery, "parked", reason="Delivering it ended the worker again and again: then retry.")
+            return "parked"
+        if self.results.move(delivery, delivery.state, reason=delivery.reason, next_try_at=delivery.next_try_at):
+            moved = self.results.delivery(delivery.ref)
+            return self.deliver(moved, after_seconds=after_seconds) if moved else "gone"
+        return "overtaken"
+
+    def hasten(self, deliveries: Iterable[Delivery]) -> None:
+        for each in deliveries:
+            self.client.set_workflow_delay(_name(each), delay_seconds=0)
+
+    # -- an operator's verbs -----------------------------------------------------------------------------------------
+
+    def retry(self, study_ref: str, *, who: str) -> list[str]:
+        """Take up again what is stuck for this study; says what was."""
+        taken = []
+        job = self.jobs.retry(study_ref, who=who)
+        if job is not None:
+            self.read(study_ref, job.evidence_digest)
+            taken.append("reading")
+        for delivery in self.results.retry(study_ref, who=who):
+            self.deliver(delivery)
+            taken.append(f"delivery to {delivery.destination}")
+        return taken
+
+    def resend(self, result_ref: str, *, who: str, destination: str | None = None) -> list[str]:
+        """Send a result's objects again, byte for byte."""
+        deliveries = self.results.resend(result_ref, who=who, destination=destination)
+        for delivery in deliveries:
+            self.deliver(delivery)
+        return [delivery.destination for delivery in deliveries]
+
+    # -- inside ------------------------------------------------------------------------------------------------------
+
+    def _status(self, name: str) -> str | None:
+        found = self.client.list_workflows(workflow_ids=[name], load_input=False, load_output=False)
+        return found[0].status if found else None
+
+    def _ask(self, workflow: str, queue: str, name: str, *arguments: Any, delay_seconds: float = 0.0) -> None:
+        options: Any = {
+            "workflow_name": workflow, "queue_name": queue, "workflow_id": name, "app_version": SHAPE,
+        }  # fmt: skip
+        if delay_seconds > 0:
+            options["delay_seconds"] = delay_seconds
+        self.client.enqueue(options, *arguments)
+
+
+def _name(delivery: Delivery) -> str:
+    return f"deliver-{delivery.ref}-{delivery.tries}"
+
+
+class Bell:
+    """Rings for a listener's process: many images of a study are one ring, and ringing never delays an answer.
+
+    It may be made before a process forks: each process opens its own desk.
+    """
+
+    EVERY_SECONDS = 0.2
+
+    def __init__(self, url: str, results: Results, jobs: Jobs, waits: Waits) -> None:
+        self._open: Callable[[], Desk] = lambda: Desk(url, results, jobs, waits)
+        self._waits = waits
+        self._rung: dict[str, float] = {}
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._process = 0
+        self._closed = False
+
+    def arrived(self, study_ref: str) -> None:
+        self._ring(study_ref, self._waits.silence)
+
+    def association_closed(self, study_refs: Iterable[str]) -> None:
+        """Whoever sent these has hung up: less silence is needed."""
+        for study_ref in study_refs:
+            self._ring(study_ref, min(self._waits.after_close, self._waits.silence))
+
+    def close(self) -> None:
+        """Ring what is left, and stop."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        if self._thread is not None and self._process == os.getpid():
+            self._thread.join(timeout=10)
+
+    def _ring(self, study_ref: str, quiet_seconds: float) -> None:
+        with self._changed:
+            self._rung[study_ref] = quiet_seconds
+            if self._process != os.getpid():
+                self._process = os.getpid()
+                self._thread = threading.Thread(target=self._run, name="bell", daemon=True)
+                self._thread.start()
+            self._changed.notify()
+
+    def _run(self) -> None:
+        desk = self._open()
+        while True:
+            with self._changed:
+                while not self._rung and not self._closed:
+                    self._changed.wait()
+                rung, self._rung = self._rung, {}
+                closed = self._closed
+            for study_ref, quiet in rung.items():
+                self._tell(desk, study_ref, quiet)
+            if closed:
+                desk.close()
+                return
+            time.sleep(self.EVERY_SECONDS)
+
+    def _tell(self, desk: Desk, study_ref: str, quiet: float) -> None:
+        try:
+            desk.arrived(study_ref, quiet)
+        except Exception as error:  # noqa: BLE001 - the sweep finds the study in any case
+            log.warning("Study %s was not announced (%s); the next sweep finds it.", study_ref, type(error).__name__)
