@@ -1,7 +1,7 @@
 """Who may use this site: accounts, their roles, sessions and tokens.
 
 Rules:
-- A password is kept as an Argon2id hash, a session or token as the SHA-256 of 32 random bytes; neither can be read back.
+- A password is kept as an Argon2id hash, a session or token as the SHA-256 of 32 random bytes: neither is read back.
 - An unknown name, a wrong password and a wrong code take the same time and get the same answer.
 - Five failures in a row lock an account for a quarter of an hour; a code of the second factor is accepted once.
 - A role is a set of rights (`RIGHTS`); a token holds some of its owner's rights and never more than the owner has now.
@@ -180,9 +180,7 @@ class People:
             if session.execute(sa.select(_accounts.c.ref).where(_accounts.c.name == name)).first():
                 raise Refused(f"There is an account named {name} already.")
             row = {"ref": secrets.token_hex(16), "name": name, "roles": json.dumps(wanted), "password": hashed}
-            session.execute(
-                sa.insert(_accounts).values(**row, totp_step=0, created_at=self._clock(), failures=0)
-            )
+            session.execute(sa.insert(_accounts).values(**row, totp_step=0, created_at=self._clock(), failures=0))
             self._act(session, "account made", who, name, roles=list(wanted))
             return self._by_name(session, name)
 

@@ -1,0 +1,374 @@
+"""The worklist: one row for each study, in the order in which readers should look.
+
+Rules:
+- It holds nothing of its own. Every row is made from studies, results, deliveries, jobs and words, and the whole
+  table can be thrown away and made again (`rebuild`).
+- It follows the record of acts: whatever changes a study writes an act that names it, so the studies named since the
+  last entry seen are the ones to look at again (`catch_up`).
+- Triage: unread before read, then by what was said (declined above category 3), then by probability, then who has
+  waited longest. A study that is stuck without an answer ranks like a declined one: nobody has looked at it.
+- Searching finds whole identifiers only, through their keyed hashes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Literal, get_args
+
+import sqlalchemy as sa
+from sqlalchemy.orm import Mapped, Session, mapped_column
+
+from busgen_cds.store.audit import ActRow
+from busgen_cds.store.cases import WordTable
+from busgen_cds.store.database import Base, Database, UtcTime, table_of
+from busgen_cds.store.inbox import InstanceTable, StudyTable
+from busgen_cds.store.jobs import JobTable
+from busgen_cds.store.results import DeliveredTable, DeliveryTable, ResultTable
+from busgen_cds.store.vault import Vault
+
+# How far a study has got, in this order.
+Stage = Literal["received", "answered", "delivered", "confirmed"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
+Stuck = Literal["", "held", "reading", "delivery"]
+View = Literal["unread", "stuck", "read", "all"]
+VIEWS: tuple[View, ...] = get_args(View)
+NOBODY_LOOKED = 2  # the rank of a declined study, see `result.triage`
+AT_ONCE = 500
+
+
+class WorklistTable(Base):
+    __tablename__ = "worklist"
+    __table_args__ = (
+        sa.Index("ix_worklist_triage", "read", "place", "received_at"),
+        sa.Index("ix_worklist_said", "said", "read"),
+        sa.Index("ix_worklist_answered", "answered_at"),
+        sa.Index("ix_worklist_stuck", "stuck", "read"),
+    )
+
+    study_ref: Mapped[str] = mapped_column(sa.String(32), primary_key=True)
+    received_at: Mapped[datetime] = mapped_column(UtcTime)
+    last_received_at: Mapped[datetime] = mapped_column(UtcTime)
+    instances: Mapped[int]
+    stage: Mapped[str] = mapped_column(sa.String(12))
+    stuck: Mapped[str] = mapped_column(sa.String(12))
+    stuck_since: Mapped[datetime | None] = mapped_column(UtcTime)
+    reason: Mapped[str] = mapped_column(sa.Text)  # why it is stuck, was declined, or is not for us
+    result_ref: Mapped[str | None] = mapped_column(sa.String(32))
+    revision: Mapped[int]
+    outcome: Mapped[str] = mapped_column(sa.String(16))
+    birads: Mapped[str | None] = mapped_column(sa.String(2))
+    probability: Mapped[float | None]
+    said: Mapped[str] = mapped_column(sa.String(16))  # what the filter asks for: a category, "none", "declined", …
+    place: Mapped[float]  # in the order of triage: the smaller, the sooner
+    answered_at: Mapped[datetime | None] = mapped_column(UtcTime)
+    delivered_at: Mapped[datetime | None] = mapped_column(UtcTime)
+    alarm: Mapped[str] = mapped_column(sa.Text)
+    read: Mapped[bool]
+    word: Mapped[str] = mapped_column(sa.String(8))
+    word_by: Mapped[str] = mapped_column(sa.String(64))
+    word_at: Mapped[datetime | None] = mapped_column(UtcTime)
+
+
+class FollowedTable(Base):
+    """Up to which entry of the record the worklist was brought."""
+
+    __tablename__ = "worklist_followed"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    number: Mapped[int] = mapped_column(sa.BigInteger)
+
+
+_rows, _followed, _acts = table_of(WorklistTable), table_of(FollowedTable), table_of(ActRow)
+_studies, _instances, _results = table_of(StudyTable), table_of(InstanceTable), table_of(ResultTable)
+_deliveries, _delivered = table_of(DeliveryTable), table_of(DeliveredTable)
+_jobs, _words = table_of(JobTable), table_of(WordTable)
+
+
+@dataclass(frozen=True)
+class Row:
+    study_ref: str
+    received_at: datetime
+    last_received_at: datetime
+    instances: int
+    stage: Stage
+    stuck: Stuck
+    stuck_since: datetime | None
+    reason: str
+    result_ref: str | None
+    revision: int
+    outcome: str
+    birads: str | None
+    probability: float | None
+    said: str
+    place: float
+    answered_at: datetime | None
+    delivered_at: datetime | None
+    alarm: str
+    read: bool
+    word: str
+    word_by: str
+    word_at: datetime | None
+
+
+@dataclass(frozen=True)
+class Counts:
+    unread: int
+    stuck: int
+    read: int
+
+    @property
+    def all(self) -> int:
+        return self.unread + self.read
+
+
+class Worklist:
+    def __init__(self, database: Database, vault: Vault) -> None:
+        self._database, self._vault = database, vault
+
+    # -- asking ----------------------------------------------------------------------------------------------------
+
+    def rows(
+        self, view: View = "unread", *, said: str = "", search: str = "", limit: int = 50, offset: int = 0
+    ) -> list[Row]:
+        query = sa.select(_rows).where(*self._conditions(view, said, search))
+        if view == "read":
+            query = query.order_by(_rows.c.word_at.desc())
+        elif view == "stuck":
+            query = query.order_by(_rows.c.stuck_since)
+        else:
+            query = query.order_by(_rows.c.read, _rows.c.place, _rows.c.received_at)
+        with self._database.reading() as session:
+            return [Row(**row._mapping) for row in session.execute(query.limit(limit).offset(offset))]
+
+    def row(self, study_ref: str) -> Row | None:
+        with self._database.reading() as session:
+            row = session.execute(sa.select(_rows).where(_rows.c.study_ref == study_ref)).first()
+        return Row(**row._mapping) if row else None
+
+    def next_unread(self, after: Row | None = None) -> str | None:
+        """The study to look at next, by triage; other than the one just looked at."""
+        query = sa.select(_rows.c.study_ref).where(~_rows.c.read, _rows.c.result_ref.is_not(None))
+        if after:
+            query = query.where(_rows.c.study_ref != after.study_ref)
+        with self._database.reading() as session:
+            query = query.order_by(_rows.c.place, _rows.c.received_at).limit(1)
+            ref: str | None = session.execute(query).scalar()
+        return ref
+
+    def counts(self) -> Counts:
+        with self._database.reading() as session:
+            by_read: dict[bool, int] = {}
+            by_read.update(session.execute(sa.select(_rows.c.read, sa.func.count()).group_by(_rows.c.read)).tuples())
+            stuck = session.execute(sa.select(sa.func.count()).where(_rows.c.stuck > "")).scalar_one()
+        return Counts(unread=by_read.get(False, 0), stuck=stuck, read=by_read.get(True, 0))
+
+    def patients(self, study_refs: Sequence[str]) -> dict[str, str]:
+        """The patient ids of the studies on one page."""
+        query = sa.select(_studies.c.ref, _studies.c.patient).where(_studies.c.ref.in_(study_refs))
+        with self._database.reading() as session:
+            return {row.ref: self._vault.open_text(row.patient) for row in session.execute(query)}
+
+    def studies_of(self, identifier: str) -> sa.CompoundSelect[Any]:
+        """The studies that an identifier names: patient id, Study Instance UID, accession number or our reference."""
+        blinds = self._vault.blinds(identifier)
+        named = sa.select(_studies.c.ref).where(
+            _studies.c.patient_blind.in_(blinds) | _studies.c.uid_blind.in_(blinds) | (_studies.c.ref == identifier)
+        )
+        return named.union(sa.select(_results.c.study_ref).where(_results.c.accession_blind.in_(blinds)))
+
+    def answer_times(self, since: datetime) -> list[tuple[datetime, float, float | None]]:
+        """For each answered study: when, seconds from its last image to the answer, seconds to the destination."""
+        query = sa.select(_rows.c.answered_at, _rows.c.last_received_at, _rows.c.delivered_at)
+        query = query.where(_rows.c.answered_at >= since).order_by(_rows.c.answered_at)
+        with self._database.reading() as session:
+            rows = session.execute(query).all()
+        return [(at, _seconds(last, at) or 0.0, _seconds(last, sent)) for at, last, sent in rows]
+
+    def received_since(self, since: datetime) -> int:
+        with self._database.reading() as session:
+            query = sa.select(sa.func.count()).select_from(_instances).where(_instances.c.received_at >= since)
+            return session.execute(query).scalar_one()
+
+    # -- following -------------------------------------------------------------------------------------------------
+
+    def catch_up(self) -> int:
+        """Look again at the studies that acts named since the last time, and at the stuck ones; how many changed."""
+        with self._database.reading() as session:
+            last = session.execute(sa.select(sa.func.max(_acts.c.number))).scalar() or 0
+            seen = session.execute(sa.select(_followed.c.number)).scalar() or 0
+        if last <= seen:
+            return 0
+        with self._database.transaction() as session:
+            seen = session.execute(sa.select(_followed.c.number)).scalar()
+            named = _acts.c.study_ref.is_not(None) & (_acts.c.number > (seen or 0)) & (_acts.c.number <= last)
+            refs = set(session.execute(sa.select(_acts.c.study_ref).where(named).distinct()).scalars())
+            refs |= set(
+                session.execute(sa.select(_rows.c.study_ref).where(_rows.c.stuck > "").limit(AT_ONCE)).scalars()
+            )
+            change = sa.insert(_followed).values(id=1) if seen is None else sa.update(_followed)
+            session.execute(change.values(number=last))
+            return self._renew(session, refs)
+
+    def refresh(self, study_ref: str) -> None:
+        with self._database.transaction() as session:
+            self._renew(session, [study_ref])
+
+    def rebuild(self) -> int:
+        with self._database.transaction() as session:
+            session.execute(sa.delete(_rows))
+            return self._renew(session, session.execute(sa.select(_studies.c.ref)).scalars().all())
+
+    def _renew(self, session: Session, study_refs: Iterable[str]) -> int:
+        refs, changed = sorted(study_refs), 0
+        for start in range(0, len(refs), AT_ONCE):
+            part = refs[start : start + AT_ONCE]
+            query = sa.select(_rows).where(_rows.c.study_ref.in_(part))
+            before = {row.study_ref: dict(row._mapping) for row in session.execute(query)}
+            now = {row.study_ref: dataclasses.asdict(row) for row in _made(session, part)}
+            different = [ref for ref in now if before.get(ref) != now[ref]]
+            gone = [ref for ref in before if ref not in now]
+            session.execute(sa.delete(_rows).where(_rows.c.study_ref.in_([*different, *gone])))
+            if different:
+                session.execute(sa.insert(_rows), [now[ref] for ref in different])
+            changed += len(different) + len(gone)
+        return changed
+
+    def _conditions(self, view: View, said: str, search: str) -> list[sa.ColumnElement[bool]]:
+        conditions: list[sa.ColumnElement[bool]] = []
+        if search.strip():
+            conditions.append(_rows.c.study_ref.in_(self.studies_of(search.strip())))
+        if view == "stuck":
+            conditions.append(_rows.c.stuck > "")
+        elif view != "all":
+            conditions.append(_rows.c.read == (view == "read"))
+        if said:
+            conditions.append(_rows.c.said == said)
+        return conditions
+
+
+def _made(session: Session, refs: Sequence[str]) -> list[Row]:
+    studies = session.execute(sa.select(_studies).where(_studies.c.ref.in_(refs), _studies.c.key.is_not(None))).all()
+    counted = sa.select(_instances.c.study_ref, sa.func.count().label("n"), sa.func.max(_instances.c.received_at))
+    counted = counted.where(_instances.c.study_ref.in_(refs), ~_instances.c.conflict).group_by(_instances.c.study_ref)
+    arrived: dict[str, tuple[int, datetime]] = {ref: (n, last) for ref, n, last in session.execute(counted)}
+    current = sa.select(*(c for c in _results.c if c.name != "document"))
+    current = current.where(_results.c.study_ref.in_(refs), _results.c.current == sa.true())
+    results = {row.study_ref: row for row in session.execute(current)}
+    jobs = {row.study_ref: row for row in session.execute(sa.select(_jobs).where(_jobs.c.study_ref.in_(refs)))}
+    deliveries = _by_study(session, _delivery_query(refs))
+    words = _by_study(
+        session, sa.select(_words).where(_words.c.study_ref.in_(refs)).order_by(_words.c.at, _words.c.ref)
+    )
+    return [
+        _row(
+            study,
+            arrived.get(study.ref, (0, study.first_received_at)),
+            results.get(study.ref),
+            jobs.get(study.ref),
+            deliveries.get(study.ref, []),
+            words.get(study.ref, []),
+        )
+        for study in studies
+    ]
+
+
+def _delivery_query(refs: Sequence[str]) -> sa.Select[Any]:
+    """Each object of the current result at each destination."""
+    return (
+        sa.select(
+            _deliveries.c.study_ref,
+            _deliveries.c.destination,
+            _deliveries.c.state.label("delivery"),
+            _deliveries.c.reason,
+            _deliveries.c.since,
+            _delivered.c.state,
+            _delivered.c.reason.label("refusal"),
+            _delivered.c.at,
+        )
+        .join(_results, (_results.c.ref == _deliveries.c.result_ref) & (_results.c.current == sa.true()))
+        .join(_delivered, _delivered.c.delivery_ref == _deliveries.c.ref)
+        .where(_deliveries.c.study_ref.in_(refs), _deliveries.c.state != "withdrawn")
+    )
+
+
+def _by_study(session: Session, query: sa.Select[Any]) -> dict[str, list[Any]]:
+    found: dict[str, list[Any]] = {}
+    for row in session.execute(query):
+        found.setdefault(row.study_ref, []).append(row)
+    return found
+
+
+def _row(study: Any, arrived: tuple[int, datetime], result: Any, job: Any, objects: list[Any], words: list[Any]) -> Row:
+    stuck, since, why = _stuck(study, job, objects)
+    stage, delivered_at = _stage(result, objects)
+    mine = [word for word in words if result and word.revision == result.revision]
+    done = next((word for word in reversed(mine) if word.completes), None)
+    not_for_us = result is not None and result.outcome == "not-for-us"
+    rank = result.triage if result else NOBODY_LOOKED if stuck else 0
+    return Row(
+        study_ref=study.ref,
+        received_at=study.first_received_at,
+        last_received_at=arrived[1],
+        instances=arrived[0],
+        stage=stage,
+        stuck=stuck,
+        stuck_since=since,
+        reason=why or (result.reason if result else ""),
+        result_ref=result.ref if result else None,
+        revision=result.revision if result else 0,
+        outcome=result.outcome if result else "",
+        birads=result.birads if result else None,
+        probability=result.probability if result else None,
+        said=_said(result),
+        place=1.0 if not_for_us else -rank - 0.999 * ((result.probability if result else None) or 0.0),
+        answered_at=result.made_at if result else None,
+        delivered_at=delivered_at,
+        alarm=result.alarm if result else "",
+        read=done is not None or not_for_us,
+        word=_word(mine) if done else "",
+        word_by=done.who if done else "",
+        word_at=done.at if done else (result.made_at if not_for_us else None),
+    )
+
+
+def _stuck(study: Any, job: Any, objects: list[Any]) -> tuple[Stuck, datetime | None, str]:
+    if study.held:
+        return "held", study.first_received_at, study.held
+    if job is not None and job.state == "parked":
+        return "reading", job.since, job.reason
+    for each in objects:
+        if each.delivery == "parked":
+            return "delivery", each.since, f"{each.destination}: {each.reason}"
+        if each.state == "refused":
+            return "delivery", each.at, f"{each.destination} refused: {each.refusal}"
+    return "", None, ""
+
+
+def _stage(result: Any, objects: list[Any]) -> tuple[Stage, datetime | None]:
+    if result is None:
+        return "received", None
+    states = {each.state for each in objects}
+    if not states or not states <= {"sent", "confirmed"}:
+        return "answered", None
+    return ("confirmed" if states == {"confirmed"} else "delivered"), max(each.at for each in objects)
+
+
+def _said(result: Any) -> str:
+    if result is None:
+        return ""
+    if result.outcome != "assessed":
+        return str(result.outcome)
+    return str(result.birads or "none")
+
+
+def _word(words: list[Any]) -> str:
+    """Of the last word on each finding, the one that disagrees most."""
+    last = {word.finding: word.word for word in words}.values()
+    return next(word for word in ("reject", "edit", "agree") if word in last)
+
+
+def _seconds(start: datetime, end: datetime | None) -> float | None:
+    return None if end is None else max(0.0, (end - start).total_seconds())
