@@ -11,6 +11,7 @@ Rules:
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import json
 import secrets
@@ -19,18 +20,19 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal, cast
 
+import numpy as np
 import sqlalchemy as sa
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from busgen_cds import signing
 from busgen_cds.birads import Category
 from busgen_cds.errors import Transient, Untrusted
-from busgen_cds.result import Assessed, BundleName, Declined, Finding, Kind, Rendered, Result, triage
+from busgen_cds.result import Assessed, BundleName, Declined, Finding, HeatMap, Kind, Rendered, Result, triage
 from busgen_cds.store import audit
 from busgen_cds.store.database import Base, Blind, Database, UtcTime
 from busgen_cds.store.inbox import InstanceTable, StudyTable
 from busgen_cds.store.vault import Vault
-from busgen_cds.study import NotAnalysed, NotForUs, Source
+from busgen_cds.study import NotAnalysed, NotForUs, Region, Source
 
 Outcome = Literal["assessed", "declined", "not-for-us"]
 NOT_FOR_US = 0  # its place in triage: nobody waits for it
@@ -711,7 +713,7 @@ def _acts_of(entry: Entry, rendered: Sequence[Rendered]) -> list[audit.Act]:
     return acts
 
 
-# -- Result ⇄ document. Heat-maps stay in the secondary capture: they are drawn once and never read back.
+# -- Result ⇄ document. Evidence is kept as it was, to the bit: the pages lay it over the frame.
 
 
 def to_document(answer: Result | NotForUs) -> dict[str, Any]:
@@ -719,7 +721,12 @@ def to_document(answer: Result | NotForUs) -> dict[str, Any]:
     if isinstance(answer, Assessed):
         findings = tuple(dataclasses.replace(finding, heat=None) for finding in answer.findings)
         bare = dataclasses.replace(answer, findings=findings, key_heat=None)
-    return {"outcome": _outcome(answer), **dataclasses.asdict(bare)}
+    document = {"outcome": _outcome(answer), **dataclasses.asdict(bare)}
+    if isinstance(answer, Assessed):
+        document["key_heat"] = _heat_to_document(answer.key_heat)
+        for values, finding in zip(document["findings"], answer.findings, strict=True):
+            values["heat"] = _heat_to_document(finding.heat)
+    return document
 
 
 def from_document(document: Mapping[str, Any]) -> Result | NotForUs:
@@ -734,9 +741,25 @@ def from_document(document: Mapping[str, Any]) -> Result | NotForUs:
         return Declined(**values)
     values["findings"] = tuple(_finding(each) for each in values["findings"])
     values["key_image"] = Source(**values["key_image"]) if values["key_image"] else None
+    values["key_heat"] = _heat(values["key_heat"])
     return Assessed(**values)
 
 
 def _finding(values: Mapping[str, Any]) -> Finding:
     contour = tuple((float(x), float(y)) for x, y in values["contour"])
-    return Finding(**{**values, "source": Source(**values["source"]), "contour": contour})
+    source, heat = Source(**values["source"]), _heat(values["heat"])
+    return Finding(**{**values, "source": source, "contour": contour, "heat": heat})
+
+
+def _heat_to_document(heat: HeatMap | None) -> dict[str, Any] | None:
+    if heat is None:
+        return None
+    evidence = np.ascontiguousarray(heat.evidence, "<f4")
+    return {"region": heat.region, "shape": evidence.shape, "evidence": base64.b64encode(evidence.tobytes()).decode()}
+
+
+def _heat(values: Mapping[str, Any] | None) -> HeatMap | None:
+    if values is None:
+        return None
+    evidence = np.frombuffer(base64.b64decode(values["evidence"]), "<f4").reshape(values["shape"])
+    return HeatMap(evidence.astype(np.float32), Region(*values["region"]))
