@@ -35,6 +35,7 @@ from busgen_cds.store.database import Base, Blind, Database, Sealed, UtcTime, ta
 from busgen_cds.store.vault import SealedWriter, Vault
 
 TWO_PATIENTS = "Two patient ids under one Study Instance UID: find out whose images these are, then release or delete."
+PROCESSING_FAILURE, NO_SUCH_INSTANCE, CLASS_INSTANCE_CONFLICT = 0x0110, 0x0112, 0x0119
 _LOOK_AT_DISK_EVERY = 64 * 1024 * 1024
 
 Clock = Callable[[], datetime]
@@ -298,6 +299,31 @@ class Inbox:
             key = session.execute(sa.select(_quarantine.c.key).where(_quarantine.c.ref == ref)).scalar_one()
         with (self._quarantine / ref).open("rb") as file:
             return b"".join(vault.read_sealed(file, self._vault.unwrap(key)))
+
+    def answer_for(
+        self, asked: Sequence[tuple[str, str]]
+    ) -> tuple[tuple[tuple[str, str], ...], tuple[tuple[str, str, int], ...]]:
+        """Storage commitment: which (SOP class, SOP instance) are kept, and which are not, with DICOM's reason."""
+        verdicts = [(*pair, self._why_not(*pair)) for pair in asked]
+        kept = tuple((sop_class, uid) for sop_class, uid, why in verdicts if why == 0)
+        return kept, tuple(verdict for verdict in verdicts if verdict[2])
+
+    def _why_not(self, sop_class_uid: str, sop_instance_uid: str) -> int:
+        """PS3.3 C.14.1.1: why we do not answer for this instance; 0 when we do."""
+        query = (
+            sa.select(_instances)
+            .join(_studies, _studies.c.ref == _instances.c.study_ref)
+            .where(_instances.c.sop_uid_blind.in_(self._vault.blinds(sop_instance_uid)), _studies.c.key.is_not(None))
+        )
+        with self._database.reading() as session:
+            rows = session.execute(query).all()
+        if not rows:
+            return NO_SUCH_INSTANCE
+        if len(rows) > 1:
+            return PROCESSING_FAILURE  # two contents came under this UID: the sender must keep its own
+        if rows[0].sop_class_uid != sop_class_uid:
+            return CLASS_INSTANCE_CONFLICT
+        return 0 if self._path(rows[0].ref, rows[0].received_at).is_file() else PROCESSING_FAILURE
 
     # -- housekeeping ----------------------------------------------------------------------------------------------
 
