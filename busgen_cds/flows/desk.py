@@ -8,18 +8,16 @@ Rules:
 
 from __future__ import annotations
 
-import os
 import sqlite3
 import threading
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
 from dbos import DBOS, DBOSClient, DebouncerClient
 
-from busgen_cds.flows.services import Waits, log
+from busgen_cds.flows.services import Waits
 from busgen_cds.store.jobs import Jobs
 from busgen_cds.store.results import Delivery, Results
 
@@ -73,6 +71,11 @@ class Desk:
         options: Any = {"workflow_name": COMPLETE_STUDY, "queue_name": COMPLETE, "app_version": SHAPE}
         debouncer = DebouncerClient(self.client, options)
         debouncer.debounce(study_ref, max(0.0, quiet - WAKES_EARLY), study_ref, quiet)
+
+    def association_closed(self, study_refs: Iterable[str]) -> None:
+        """Whoever sent these has hung up: less silence is needed."""
+        for study_ref in study_refs:
+            self.arrived(study_ref, min(self.waits.after_close, self.waits.silence))
 
     def read(self, study_ref: str, evidence_digest: str) -> str:
         """Have this evidence read, unless that is under way, parked, or not to be."""
@@ -159,67 +162,3 @@ class Desk:
 
 def _name(delivery: Delivery) -> str:
     return f"deliver-{delivery.ref}-{delivery.tries}"
-
-
-class Bell:
-    """Rings for a listener's process: many images of a study are one ring, and ringing never delays an answer.
-
-    It may be made before a process forks: each process opens its own desk.
-    """
-
-    EVERY_SECONDS = 0.2
-
-    def __init__(self, url: str, results: Results, jobs: Jobs, waits: Waits) -> None:
-        self._open: Callable[[], Desk] = lambda: Desk(url, results, jobs, waits)
-        self._waits = waits
-        self._rung: dict[str, float] = {}
-        self._changed = threading.Condition()
-        self._thread: threading.Thread | None = None
-        self._process = 0
-        self._closed = False
-
-    def arrived(self, study_ref: str) -> None:
-        self._ring(study_ref, self._waits.silence)
-
-    def association_closed(self, study_refs: Iterable[str]) -> None:
-        """Whoever sent these has hung up: less silence is needed."""
-        for study_ref in study_refs:
-            self._ring(study_ref, min(self._waits.after_close, self._waits.silence))
-
-    def close(self) -> None:
-        """Ring what is left, and stop."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify()
-        if self._thread is not None and self._process == os.getpid():
-            self._thread.join(timeout=10)
-
-    def _ring(self, study_ref: str, quiet_seconds: float) -> None:
-        with self._changed:
-            self._rung[study_ref] = quiet_seconds
-            if self._process != os.getpid():
-                self._process = os.getpid()
-                self._thread = threading.Thread(target=self._run, name="bell", daemon=True)
-                self._thread.start()
-            self._changed.notify()
-
-    def _run(self) -> None:
-        desk = self._open()
-        while True:
-            with self._changed:
-                while not self._rung and not self._closed:
-                    self._changed.wait()
-                rung, self._rung = self._rung, {}
-                closed = self._closed
-            for study_ref, quiet in rung.items():
-                self._tell(desk, study_ref, quiet)
-            if closed:
-                desk.close()
-                return
-            time.sleep(self.EVERY_SECONDS)
-
-    def _tell(self, desk: Desk, study_ref: str, quiet: float) -> None:
-        try:
-            desk.arrived(study_ref, quiet)
-        except Exception as error:  # noqa: BLE001 - the sweep finds the study in any case
-            log.warning("Study %s was not announced (%s); the next sweep finds it.", study_ref, type(error).__name__)

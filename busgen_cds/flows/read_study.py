@@ -20,7 +20,7 @@ from busgen_cds.flows.desk import Desk
 from busgen_cds.flows.services import Services, failed, in_use, log
 from busgen_cds.result import Declined, Rendered, Result
 from busgen_cds.store.inbox import Instance
-from busgen_cds.store.results import Addressee, Previous
+from busgen_cds.store.results import Addressee, Previous, Results
 from busgen_cds.study import NotForUs, evidence_digest
 
 RECOVERIES = 8  # a study that ends the worker this often is parked
@@ -82,8 +82,9 @@ def _ask_for_reading(study_ref: str) -> str:
         known = services.results.current(study_ref)
         if not instances or services.inbox.held(study_ref):
             return "held" if instances else "nothing there"
-        digest = digest_of(instances)
+        digest = digest_of(instances, services.results)
         if known and known.evidence_digest == digest:
+            services.results.covers(known.ref, len(instances))
             return "read already"
         return desk_in_use().read(study_ref, digest)
     except Exception as error:  # noqa: BLE001 - the sweep asks again
@@ -115,7 +116,7 @@ def _gather_and_keep(services: Services, study_ref: str, digest: str) -> str:
     # 1. Is there anything to do?
     held = services.inbox.held(study_ref)
     instances = services.inbox.instances(study_ref)
-    now_there = digest_of(instances)
+    now_there = digest_of(instances, services.results)
     known = services.results.current(study_ref)
     if held:
         services.jobs.drop(study_ref, digest)
@@ -206,5 +207,8 @@ def _ask_for_delivery(study_ref: str) -> int:
     return len(waiting)
 
 
-def digest_of(instances: Iterable[Instance]) -> str:
-    return evidence_digest((each.sop_instance_uid, each.sha256) for each in instances)
+def digest_of(instances: Iterable[Instance], results: Results) -> str:
+    """Of what was received, without our own objects: a PACS that sends them back asks for no new answer."""
+    received = [(each.sop_instance_uid, each.sha256) for each in instances]
+    ours = results.ours(uid for uid, _ in received)
+    return evidence_digest(pair for pair in received if pair[0] not in ours)

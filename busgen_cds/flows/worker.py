@@ -104,7 +104,8 @@ class Worker:
     def _grew(self, study_ref: str) -> bool:
         """A parked study that got more images is another job."""
         job = self.stations.jobs.of(study_ref)
-        return job is None or job.evidence_digest != read_study.digest_of(self.stations.inbox.instances(study_ref))
+        instances = self.stations.inbox.instances(study_ref)
+        return job is None or job.evidence_digest != read_study.digest_of(instances, self.stations.results)
 
     def _sweep_deliveries(self) -> int:
         overdue = self.stations.clock() - timedelta(seconds=self.stations.waits.sweep / 3)

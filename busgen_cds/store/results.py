@@ -406,6 +406,25 @@ class Results:
             row = session.execute(sa.select(_studies).where(_studies.c.ref == study_ref)).one()
         return self._vault.open_text(row.uid), self._vault.open_text(row.patient)
 
+    def ours(self, sop_instance_uids: Iterable[str]) -> set[str]:
+        """Which of these are objects that we made: a PACS may send them back."""
+        uids = list(sop_instance_uids)
+        with self._database.reading() as session:
+            query = sa.select(_rendered.c.sop_instance_uid)
+            return {
+                uid
+                for start in range(0, len(uids), 500)
+                for uid in session.execute(
+                    query.where(_rendered.c.sop_instance_uid.in_(uids[start : start + 500]))
+                ).scalars()
+            }
+
+    def covers(self, result_ref: str, instances: int) -> None:
+        """The result stands although more was received: what came was nothing new."""
+        grown = (_results.c.ref == result_ref) & (_results.c.instances < instances)
+        with self._database.transaction() as session:
+            session.execute(sa.update(_results).where(grown).values(instances=instances))
+
     def unread(self, *, settled_before: datetime, received_after: datetime | None = None) -> list[str]:
         """Studies with instances that their current result does not cover. Held ones wait for a person, not for us."""
         last = sa.func.max(_instances.c.received_at).label("last")
