@@ -46,6 +46,7 @@ class WorklistTable(Base):
         sa.Index("ix_worklist_said", "said", "read"),
         sa.Index("ix_worklist_answered", "answered_at"),
         sa.Index("ix_worklist_stuck", "stuck", "read"),
+        sa.Index("ix_worklist_received", "last_received_at"),
     )
 
     study_ref: Mapped[str] = mapped_column(sa.String(32), primary_key=True)
