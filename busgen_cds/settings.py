@@ -41,8 +41,13 @@ class Site(_Section):
 
 class Peer(_Section):
     ae_title: AeTitle = Field(description="Calling AE title that may send.")
-    address: str = Field(
-        default="any", description='IP address or network ("10.1.0.0/16") it must come from; "any" only inside a VLAN.'
+    addresses: tuple[str, ...] = Field(
+        default=(), description='Addresses or networks ("10.1.0.0/16") it must come from; none stated: from anywhere.'
+    )
+    certificate_sha256: str = Field(
+        default="",
+        pattern=r"^([0-9a-fA-F]{64})?$",
+        description="SHA-256 of its client certificate (DER), in hexadecimal: what binds the title to it over TLS.",
     )
 
 
@@ -58,12 +63,20 @@ class Listener(_Section):
     host: str = Field(default="0.0.0.0", description="Address to listen on.")
     port: Port = Field(default=11112, description="The port registered for DICOM.")
     allow: tuple[Peer, ...] = Field(description="Who may send. No default: an open door is a decision.")
-    processes: int = Field(
-        default=2, ge=1, le=32, description="Receiving processes; one interpreter alone is slower than Orthanc."
+    plain_from: tuple[str, ...] = Field(
+        default=("127.0.0.0/8", "::1/128"),
+        description="Addresses or networks that may speak DICOM without TLS; this machine alone unless you say so.",
     )
-    associations: int = Field(default=32, ge=1, description="Associations at once, in all.")
-    associations_per_peer: int = Field(default=8, ge=1, description="Associations at once from one AE title.")
-    pdu_bytes: int = Field(default=131_072, ge=4096, description="Largest PDU we offer to receive.")
+    check_called_ae: bool = Field(default=True, description="Refuse senders that call us by another AE title.")
+    processes: int = Field(
+        default=2,
+        ge=0,
+        le=32,
+        description="Receiving processes: one interpreter alone is slow. 0: none but this.",
+    )
+    associations: int = Field(default=64, ge=1, description="Associations at once, in all.")
+    associations_per_peer: int = Field(default=16, ge=1, description="Associations at once from one AE title.")
+    pdu_bytes: int = Field(default=262_144, ge=4096, description="Largest PDU we offer to receive.")
     instance_bytes: int = Field(default=4 << 30, ge=1 << 20, description="Largest data set accepted, in bytes.")
     idle_seconds: float = Field(default=60, gt=0, description="A silent association is closed after this.")
     free_bytes: int = Field(
@@ -136,10 +149,13 @@ class Destination(_Section):
     rejection_notes: bool = Field(
         default=False, description="Send IHE IOCM rejection notes for replaced objects; only if the PACS takes them."
     )
-    nominal_geometry: bool = Field(
-        default=True, description="Give segmentations an invented plane so that OHIF loads them."
-    )
     deliver_declined: bool = Field(default=True, description='Send "NOT ANALYSED: reason" for declined studies.')
+
+
+class Objects(_Section):
+    nominal_geometry: bool = Field(
+        default=True, description="Give segmentations an invented plane, without which OHIF does not load them."
+    )
 
 
 class Web(_Section):
@@ -161,6 +177,7 @@ class Settings(BaseSettings):
     storage: Storage = Storage()
     reader: Reader = Reader()
     study: Study = Study()
+    objects: Objects = Objects()
     nodes: tuple[Node, ...] = Field(default=(), description="Other systems, by name.")
     destinations: tuple[Destination, ...] = Field(default=(), description="Where results go.")
     web: Web = Web()

@@ -7,12 +7,15 @@ Rules:
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from busgen_cds import summary
 from busgen_cds.result import Rendered, Result
 from busgen_cds.study import NotForUs, Study
 
@@ -75,3 +78,18 @@ def _files(paths: Iterable[Path]) -> Iterator[Path]:
             yield from sorted(each for each in path.rglob("*") if each.is_file())
         else:
             yield path
+
+
+def write(answered: Answered, folder: Path) -> dict[str, Any]:
+    """Put a study's objects into the folder; the document that describes its answer."""
+    if isinstance(answered.answer, NotForUs):
+        return summary.of_not_for_us(answered.answer, answered.seconds)
+    names = [f"{each.kind}-{each.sop_instance_uid}.dcm" for each in answered.objects]
+    for name, each in zip(names, answered.objects, strict=True):
+        (folder / name).write_bytes(each.data)
+    answer = dataclasses.replace(answered.answer, seconds=answered.seconds)
+    return summary.of_result(answer, names)
+
+
+def refusal(unreadable: Unreadable) -> dict[str, Any]:
+    return summary.of_not_for_us(NotForUs("", f"{unreadable.path}: {unreadable.reason}"), 0.0)

@@ -1,0 +1,285 @@
+"""Builds the stations from settings, and nothing else: tests build the same from other parts.
+
+Rules:
+- What is asked for and cannot be had is Misconfigured, by name; nothing falls back in silence.
+- The engine opens only a bundle whose signature holds.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cache, partial
+from importlib import resources
+from pathlib import Path
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from cryptography.hazmat.primitives.serialization import load_pem_public_key
+
+from busgen_cds import bundle, settings, signing
+from busgen_cds.bundle import Bundle
+from busgen_cds.dicom import files, intake, objects, outbox
+from busgen_cds.dicom.association import CommitmentReport, CommitmentRequest, Noted, Peer, Rules
+from busgen_cds.dicom.association import Desk as ReceivingDesk
+from busgen_cds.dicom.listener import Listener, ListenerConfig, Tls
+from busgen_cds.dicom.objects import EVERYWHERE, KINDS, Profile
+from busgen_cds.dicom.upper_layer import Limits
+from busgen_cds.errors import Misconfigured
+from busgen_cds.flows import desk, read_files, services
+from busgen_cds.flows.desk import Desk
+from busgen_cds.flows.services import Services, Waits
+from busgen_cds.flows.worker import Worker
+from busgen_cds.result import Kind, Rendered, Result
+from busgen_cds.settings import Settings
+from busgen_cds.store import audit, database, vault
+from busgen_cds.store.database import Database
+from busgen_cds.store.inbox import Inbox
+from busgen_cds.store.jobs import Jobs
+from busgen_cds.store.results import Previous, Results
+from busgen_cds.store.vault import Vault
+from busgen_cds.study import Study
+from busgen_cds.vision import assess, engine
+from busgen_cds.vision.engine import Device, Engine
+
+RELEASE_KINDS = frozenset({bundle.KIND})
+
+
+def local_now() -> datetime:
+    """The site's local time: what objects show."""
+    return datetime.now().astimezone()
+
+
+# ---- Bundles
+
+
+@cache
+def release_verifier() -> signing.Verifier:
+    """Trusts the product's release keys, one public key for each release."""
+    folder = resources.files("busgen_cds") / "trust"
+    keys = [load_pem_public_key(each.read_bytes()) for each in folder.iterdir() if each.name.endswith(".pem")]
+    return signing.Verifier.of(*((key, RELEASE_KINDS) for key in keys if isinstance(key, Ed25519PublicKey)))
+
+
+def shipped_bundles() -> list[Path]:
+    """The bundles that came with the product, oldest first."""
+    folder = Path(str(resources.files("busgen_cds") / "bundles"))
+    return sorted(each.parent for each in folder.glob(f"*/{bundle.ENVELOPE}"))
+
+
+def shipped_bundle() -> Path:
+    """The newest bundle that came with the product."""
+    if not shipped_bundles():
+        raise Misconfigured("No bundle was installed with the product: install it again.")
+    return shipped_bundles()[-1]
+
+
+def open_bundle(folder: Path | None = None) -> Bundle:
+    return Bundle.open(folder or shipped_bundle(), release_verifier())
+
+
+def open_engine(folder: Path | None = None, device: Device = "auto") -> Engine:
+    return engine.open(open_bundle(folder), device)
+
+
+# ---- Reading files
+
+
+def file_stations(reader: Engine, prevalence: float | None) -> read_files.Stations:
+    """What `read` needs; without a prevalence the bundle's own is used, and stated."""
+
+    def read(study: Study) -> Result:
+        stated = reader.manifest.calibration.prevalence if prevalence is None else prevalence
+        return assess.assess(study, reader, prevalence=stated, revision=1, clock=time.monotonic)
+
+    def render(study: Study, result: Result) -> tuple[Rendered, ...]:
+        return objects.render(study, result, rendered_at=local_now())
+
+    return read_files.Stations(files.study_uid, intake.study, read, render)
+
+
+# ---- A site
+
+
+@dataclass(frozen=True)
+class Site:
+    """One site, opened: its settings and everything of it that survives a power cut."""
+
+    settings: Settings
+    database: Database
+    vault: Vault
+    inbox: Inbox
+    results: Results
+    jobs: Jobs
+    desk: Desk
+
+    def close(self) -> None:
+        self.desk.close()
+        self.database.close()
+
+
+def found(folder: Path, text: str) -> Path:
+    """Make a site: its settings file, its key and its database. An existing one is never overwritten."""
+    file = folder / settings.FILE
+    if file.exists():
+        raise Misconfigured(f"{file} is there already: choose another folder, or change that site's settings.")
+    folder.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
+    (folder / "keys").mkdir(mode=0o700, exist_ok=True)
+    vault.write_key_file(folder / "keys" / "site.key")
+    open_site(settings.read(file)).close()
+    return file
+
+
+def open_site(chosen: Settings) -> Site:
+    folder = chosen.path(chosen.storage.folder)
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    opened = database.open(_database_url(chosen.storage.database, folder / "busgen-cds.sqlite"))
+    keys = vault.unlock(vault.key_source(_anchored(chosen, chosen.storage.key)))
+    inbox = Inbox(folder / "inbox", opened, keys, least_free_bytes=chosen.listener.free_bytes)
+    results, jobs = Results(opened, keys), Jobs(opened)
+    workflows = workflows_url(chosen)
+    desk.prepare(workflows)
+    return Site(chosen, opened, keys, inbox, results, jobs, Desk(workflows, results, jobs, waits(chosen)))
+
+
+def workflows_url(chosen: Settings) -> str:
+    return _database_url(chosen.storage.workflows, chosen.path(chosen.storage.folder) / "workflows.sqlite")
+
+
+def waits(chosen: Settings) -> Waits:
+    return Waits(silence=chosen.study.silence_seconds, count=chosen.study.count_wait_seconds)
+
+
+def listener(chosen: Settings) -> Listener:
+    return Listener(_listener_config(chosen), partial(receiving_desk, chosen))
+
+
+def receiving_desk(chosen: Settings) -> ReceivingDesk:
+    """What one receiving process hands its instances to; each process opens the site for itself."""
+    site = open_site(chosen)
+
+    def noted(what: Noted) -> None:
+        with site.database.transaction() as session:
+            audit.record(session, audit.Act(what.kind, what.who, what.what, detail={"address": what.address}))
+
+    return ReceivingDesk(
+        receive=site.inbox.receive,
+        arrived=site.desk.arrived,
+        association_closed=site.desk.association_closed,
+        commitment=partial(_answer_for, site),
+        noted=noted,
+    )
+
+
+def _answer_for(site: Site, request: CommitmentRequest) -> CommitmentReport:
+    kept, failed = site.inbox.answer_for(request.instances)
+    return CommitmentReport(request, kept, failed)
+
+
+def _listener_config(chosen: Settings) -> ListenerConfig:
+    said = chosen.listener
+    peers = tuple(Peer(p.ae_title, p.addresses, p.certificate_sha256.lower()) for p in said.allow)
+    rules = Rules(
+        ae_title=said.ae_title,
+        check_called_ae=said.check_called_ae,
+        peers=peers,
+        plain_from=said.plain_from,
+        most_data_set_bytes=said.instance_bytes,
+        limits=Limits(idle_seconds=said.idle_seconds, most_pdu_bytes=said.pdu_bytes),
+    )
+    return ListenerConfig(
+        rules=rules,
+        host=said.host,
+        port=said.port,
+        tls=_listener_tls(chosen, said.tls) if said.tls else None,
+        processes=said.processes,
+        most_associations=said.associations,
+        most_per_peer=said.associations_per_peer,
+    )
+
+
+def _listener_tls(chosen: Settings, tls: settings.Tls) -> Tls:
+    certificate, key, authority = (str(chosen.path(path)) for path in (tls.certificate, tls.key, tls.authority))
+    return Tls(certificate, key, authority, tls.port)
+
+
+def worker(site: Site, reader: Engine, *, name: str = "") -> Worker:
+    return Worker(
+        stations(site, reader),
+        workflows_url=workflows_url(site.settings),
+        name=name or f"{socket.gethostname()}-worker",
+        readings=site.settings.reader.jobs,
+    )
+
+
+def stations(site: Site, reader: Engine) -> Services:
+    chosen = site.settings
+
+    def read(study: Study, revision: int) -> Result:
+        return assess.assess(study, reader, prevalence=chosen.site.prevalence, revision=revision, clock=time.monotonic)
+
+    profile = _profile(chosen)
+
+    def render(study: Study, result: Result, replaced: Previous | None) -> tuple[Rendered, ...]:
+        old = replaced.objects if replaced else ()
+        return objects.render(study, result, profile=profile, rendered_at=local_now(), replaces=old)
+
+    return Services(
+        inbox=site.inbox,
+        results=site.results,
+        jobs=site.jobs,
+        intake=intake.study,
+        assess=read,
+        render=render,
+        destinations=tuple(_destination(chosen, each) for each in chosen.destinations),
+        query_node=node(chosen, chosen.study.query_node) if chosen.study.query_node else None,
+        waits=waits(chosen),
+    )
+
+
+def node(chosen: Settings, name: str) -> outbox.Node:
+    """Another system, by the name it has in the settings."""
+    for each in chosen.nodes:
+        if each.name == name:
+            return outbox.Node(
+                name=each.name,
+                ae_title=each.ae_title,
+                host=each.host,
+                port=each.port,
+                calling_ae=chosen.listener.ae_title,
+                url=each.url,
+                tls=_tls(chosen, each.tls) if each.tls else None,
+            )
+    raise Misconfigured(f"No [[nodes]] entry is named {name!r}; there are: {[n.name for n in chosen.nodes] or 'none'}.")
+
+
+def _profile(chosen: Settings) -> Profile:
+    """Objects are rendered once: every kind that some destination gets."""
+    wanted: set[Kind] = {kind for each in chosen.destinations for kind in each.kinds} or {*EVERYWHERE.kinds}
+    notes: set[Kind] = {"ko"} if any(each.rejection_notes for each in chosen.destinations) else set()
+    return Profile(
+        kinds=tuple(kind for kind in KINDS if kind in wanted | notes), nominal_geometry=chosen.objects.nominal_geometry
+    )
+
+
+def _destination(chosen: Settings, each: settings.Destination) -> services.Destination:
+    return services.Destination(
+        node(chosen, each.node), each.kinds, each.commitment, each.rejection_notes, each.deliver_declined
+    )
+
+
+def _tls(chosen: Settings, tls: settings.NodeTls) -> outbox.Tls:
+    certificate, key = (str(chosen.path(p)) if p else "" for p in (tls.certificate, tls.key))
+    return outbox.Tls(str(chosen.path(tls.authority)), certificate, key, tls.check_host)
+
+
+def _database_url(said: str, file: Path) -> str:
+    return f"sqlite:///{file}" if said == "sqlite" else said
+
+
+def _anchored(chosen: Settings, reference: str) -> str:
+    """A key file's relative path starts at the site's folder."""
+    kind, _, rest = reference.partition(":")
+    return f"file:{chosen.path(Path(rest))}" if kind == "file" else reference
