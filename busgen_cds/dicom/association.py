@@ -24,7 +24,7 @@ from pydicom import uid as uids
 from pydicom.dataset import Dataset
 
 from busgen_cds.arrival import Arrival, Incoming, Kept, NoRoom
-from busgen_cds.dicom import peek
+from busgen_cds.dicom import identity, peek
 from busgen_cds.dicom import upper_layer as ul
 from busgen_cds.dicom.upper_layer import Accepted, Command, Fragment, Gone, Proposed, Released, Request, Wire
 
@@ -540,8 +540,8 @@ def _part10_head(transfer_syntax: str, sop_class: str = "", instance: str = "") 
         (0x0002, b"UI", sop_class),
         (0x0003, b"UI", instance),
         (0x0010, b"UI", transfer_syntax),
-        (0x0012, b"UI", ul.IMPLEMENTATION_CLASS_UID),
-        (0x0013, b"SH", ul.IMPLEMENTATION_VERSION),
+        (0x0012, b"UI", identity.IMPLEMENTATION_CLASS_UID),
+        (0x0013, b"SH", identity.IMPLEMENTATION_VERSION),
     ):
         raw = value.encode("latin-1", "replace")
         raw += (b" " if vr == b"SH" else b"\0") * (len(raw) % 2)

@@ -20,7 +20,8 @@ from pydicom.uid import UID
 
 from busgen_cds import birads
 from busgen_cds.dicom import content, overlay, picture, report
-from busgen_cds.dicom.saying import PRODUCT, Saying, percentage
+from busgen_cds.dicom.identity import PRODUCT
+from busgen_cds.dicom.saying import Saying, percentage
 from busgen_cds.dicom.templates import as_code
 from busgen_cds.result import Declined, Finding, Kind, Rendered
 from busgen_cds.study import Source

@@ -22,12 +22,10 @@ from pydicom.uid import UID, ExplicitVRLittleEndian
 
 import busgen_cds
 from busgen_cds.birads import Code
-from busgen_cds.dicom.saying import PRODUCT, Saying, derived_uid, instances
+from busgen_cds.dicom.identity import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION, PRODUCT
+from busgen_cds.dicom.saying import Saying, instances
 from busgen_cds.result import Kind, Rendered
 from busgen_cds.study import Source, Study
-
-IMPLEMENTATION_CLASS_UID = derived_uid("implementation")
-IMPLEMENTATION_VERSION = f"BUSGENCDS_{busgen_cds.__version__}"[:16]
 
 SEGMENTATION_PURPOSE = Code("121322", "DCM", "Source image for image processing operation")
 _SEXES = ("M", "F", "O", "")

@@ -21,7 +21,8 @@ import busgen_cds
 from busgen_cds.birads import Code
 from busgen_cds.dicom import contours, headers, picture
 from busgen_cds.dicom.headers import SEGMENTATION_PURPOSE, code, put, reference
-from busgen_cds.dicom.saying import PRODUCT, Saying
+from busgen_cds.dicom.identity import PRODUCT
+from busgen_cds.dicom.saying import Saying
 from busgen_cds.result import Assessed, Declined, HeatMap
 from busgen_cds.study import Frame, Source, Spacing
 

@@ -22,7 +22,8 @@ from busgen_cds.dicom import content, headers
 from busgen_cds.dicom.content import ACQUIRED, MODIFIES, OBSERVED
 from busgen_cds.dicom.contours import closed
 from busgen_cds.dicom.headers import put
-from busgen_cds.dicom.saying import PRODUCT, Replaced, Saying, derived_uid, instances, percentage
+from busgen_cds.dicom.identity import PRODUCT
+from busgen_cds.dicom.saying import Replaced, Saying, derived_uid, instances, percentage
 from busgen_cds.dicom.templates import as_code
 from busgen_cds.result import Assessed, Declined, Finding
 from busgen_cds.study import Source

@@ -18,11 +18,10 @@ from functools import cached_property
 from typing import Protocol
 
 import busgen_cds
+from busgen_cds.dicom.identity import PRODUCT
 from busgen_cds.dicom.templates import Template
 from busgen_cds.result import Assessed, Declined, Finding, Kind, Result
 from busgen_cds.study import Side, Source, Study
-
-PRODUCT = "BUSGen-CDS"  # also our Manufacturer: nothing that carries it is ever read or routed as a study
 
 
 class Replaced(Protocol):

@@ -20,9 +20,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from busgen_cds.dicom.identity import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION
+
 APPLICATION_CONTEXT = "1.2.840.10008.3.1.1.1"
-IMPLEMENTATION_CLASS_UID = "1.2.826.0.1.3680043.10.1559.1"
-IMPLEMENTATION_VERSION = "BUSGEN_CDS"
 _LONGEST_REQUEST = 1 << 20
 _LONGEST_COMMAND = 1 << 16
 _BUFFER = 1 << 18
