@@ -43,6 +43,14 @@ Clock = Callable[[], datetime]
 
 class StudyTable(Base):
     __tablename__ = "study"
+    __table_args__ = (
+        sa.Index(
+            "ix_study_held",
+            "first_received_at",
+            sqlite_where=sa.text("held IS NOT NULL"),
+            postgresql_where=sa.text("held IS NOT NULL"),
+        ),
+    )
 
     ref: Mapped[str] = mapped_column(sa.String(32), primary_key=True)
     uid_blind: Mapped[str] = mapped_column(Blind(of="uid"), unique=True)
@@ -67,6 +75,12 @@ class InstanceTable(Base):
         ),
         sa.Index("ix_instance_study_ref", "study_ref", "received_at"),
         sa.Index("ix_instance_received_at", "received_at"),  # what came lately: the sweep asks every half minute
+        sa.Index(
+            "ix_instance_conflict",
+            "received_at",
+            sqlite_where=sa.text("conflict = 1"),
+            postgresql_where=sa.text("conflict"),
+        ),
     )
 
     ref: Mapped[str] = mapped_column(sa.String(32), primary_key=True)
@@ -269,6 +283,12 @@ class Inbox:
                 sa.select(_studies.c.held).where(_studies.c.ref == study_ref)
             ).scalar_one()
         return reason
+
+    def held_studies(self) -> list[tuple[str, str]]:
+        """References of the studies that wait for a person, with the reason; the longest waiting first."""
+        query = sa.select(_studies.c.ref, _studies.c.held).where(_studies.c.held.is_not(None))
+        with self._database.reading() as session:
+            return [(row.ref, row.held) for row in session.execute(query.order_by(_studies.c.first_received_at))]
 
     def hold(self, study_ref: str, reason: str, who: str = "system") -> None:
         self._set_held(study_ref, reason, audit.Act("study held", who, reason, study_ref))
