@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -44,9 +45,9 @@ def read(
     run: Run, images: NDArray[np.uint8], batch: int = 16, tell: Callable[[int], None] = lambda n: None
 ) -> Readings:
     """Run the network over prepared 8-bit images (N, S, S)."""
-    parts: list[Mapping[str, NDArray[np.float32]]] = []
+    parts = []
     for i in range(0, len(images), batch):
-        parts.append(run(images[i : i + batch, None].astype(np.float32) / 255))
+        parts.append(run(np.asarray(images[i : i + batch, None] / 255, np.float32)))
         tell(min(i + batch, len(images)))
     joined = {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
     return Readings(
@@ -57,6 +58,18 @@ def read(
         joined["embedding"],
         joined["spread"].astype(np.float64),
     )
+
+
+def cached(run: Run, images: NDArray[np.uint8], path: Path) -> Readings:
+    """The same, kept on disk under a name that the caller derives from the network."""
+    if not path.exists():
+        found = read(run, images)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial.npz")
+        np.savez(partial, **found.__dict__)
+        partial.replace(path)
+    with np.load(path) as arrays:
+        return Readings(**{name: arrays[name] for name in arrays.files})
 
 
 def fit(readings: Readings, images: data.Images) -> Calibration:

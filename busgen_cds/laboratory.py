@@ -1,0 +1,205 @@
+"""The laboratory's verbs: what trains, measures and seals a reader.
+
+Rules: torch is imported inside the verbs, so that a clinic's program starts without it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from busgen_cds.bundle import Bundle
+    from busgen_cds.learning.recipes.train_reader import Report
+
+app = typer.Typer(no_args_is_help=True, help="Train, measure and seal models.")
+console = Console()
+
+Data = Annotated[Path | None, typer.Option("--data", help="Folder with manifest.csv; BUSGEN_DATA without it.")]
+Cache = Annotated[Path, typer.Option(help="Where prepared images are kept.")]
+
+
+def _root(given: Path | None) -> Path:
+    from busgen_cds.learning import data
+
+    return given or data.default_root()
+
+
+@app.command()
+def train(
+    out: Annotated[Path, typer.Option(help="Folder of the run; an unfinished run there goes on.")],
+    data: Data = None,
+    sources: Annotated[str, typer.Option(help="Comma-separated sources of the manifest.")] = "busbra,busi",
+    preset: Annotated[str, typer.Option(help="cpu or gpu.")] = "cpu",
+    seed: int = 0,
+    steps: int | None = None,
+    init: Annotated[Path | None, typer.Option(help="Starting weights of the encoder (npz).")] = None,
+    start: Annotated[Path | None, typer.Option(help="A finished run's checkpoint to go on from.")] = None,
+    task: Annotated[list[Path] | None, typer.Option(help="Task files: one more head each.")] = None,
+    fold: Annotated[str | None, typer.Option(help="k/n: leave fold k of n patients out (cross-validation).")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Another setting, as name=value.")] = None,
+    threads: int = 0,
+    cache: Cache = Path("runs/cache"),
+) -> None:
+    """Train one member of a reader; resumes where it was stopped."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from busgen_cds.learning import tasks
+    from busgen_cds.learning.recipes import train_reader
+
+    settings = train_reader.Settings(
+        **train_reader.PRESETS[preset]
+        | {"sources": tuple(sources.split(",")), "seed": seed, "threads": threads, "fold": _fold(fold)}
+        | {"tasks": tuple(tasks.read(path) for path in task or ())}
+        | ({"steps": steps} if steps else {})
+        | _settings(set_ or [])
+    )
+    columns = (
+        TextColumn("training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[now]}"),
+    )
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task("train", total=settings.steps, now="")
+
+        def tell(report: Report) -> None:
+            now = "  ".join(f"{name} {value:.3f}" for name, value in report.figures.items())
+            progress.update(bar, completed=report.step, now=f"loss {report.loss:.3f}  {report.images_per_second:.0f}/s")
+            progress.console.print(f"step {report.step}: {now}")
+
+        path = train_reader.train(_root(data), out, settings, init, start, cache, tell)
+    console.print(f"Trained: {path}")
+
+
+def _fold(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    k, _, n = text.partition("/")
+    if not (k.isdigit() and n.isdigit() and int(k) < int(n)):
+        raise typer.BadParameter("a fold is written k/n, with k from 0 to n-1")
+    return int(k), int(n)
+
+
+def _settings(pairs: list[str]) -> dict[str, Any]:
+    from busgen_cds.learning.recipes import train_reader
+
+    defaults = dataclasses.asdict(train_reader.Settings())
+    kinds = {name: type(value) for name, value in defaults.items()}
+    chosen: dict[str, Any] = {}
+    for pair in pairs:
+        name, _, value = pair.partition("=")
+        if kinds.get(name) not in (int, float, bool):
+            raise typer.BadParameter(f"no such setting: {name}")
+        chosen[name] = value.lower() == "true" if kinds[name] is bool else kinds[name](value)
+    return chosen
+
+
+@app.command()
+def seal(
+    checkpoints: Annotated[list[Path], typer.Argument(help="Checkpoints of one arm; they are averaged in one graph.")],
+    out: Annotated[Path, typer.Option(help="Folder of the bundle.")],
+    version: str,
+    trust: Annotated[Path, typer.Option(help="Folder where the one-shot key's public half is kept.")],
+    name: str = "busgen-reader",
+    data: Data = None,
+    mirrored: Annotated[bool, typer.Option(help="Average the mirrored view as well.")] = True,
+    figures: Annotated[Path | None, typer.Option(help="reader.json of an evaluation, for the card.")] = None,
+    cache: Cache = Path("runs/cache"),
+) -> None:
+    """Calibrate, export, check parity and sign with a key that is used once and thrown away."""
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+    from busgen_cds import signing
+    from busgen_cds.learning.recipes import make_bundle
+
+    measured = json.loads(figures.read_text())["summary"] if figures else None
+    choice = make_bundle.Choice(name, version, datetime.datetime.now(datetime.UTC).date(), mirrored)
+    candidate = make_bundle.make(_root(data), checkpoints, choice, cache, measured, tell=console.print)
+    signer = signing.KeySigner(Ed25519PrivateKey.generate())
+    public = signer.key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    trust.mkdir(parents=True, exist_ok=True)
+    (trust / f"release-{name}-{version}.pem").write_bytes(public)
+    candidate.seal(out, signer)
+    console.print(f"Sealed {name} {version} in {out}, digest {candidate.digest[:16]}, key {signer.key_id}")
+    console.print_json(json.dumps(dict(candidate.manifest.figures)))
+
+
+@app.command()
+def evaluate(
+    shipped: Annotated[Path, typer.Option(help="Bundle of the arm that is shipped.")],
+    trust: Annotated[list[Path], typer.Option(help="Folders with the public keys (PEM) of those who may sign.")],
+    external: Annotated[Path | None, typer.Option(help="Bundle of the arm that saw BUS-BRA alone.")] = None,
+    data: Data = None,
+    out: Annotated[Path, typer.Option(help="Where reader.md, reader.json and the plots go.")] = Path("docs/results"),
+    sweeps: Annotated[str, typer.Option(help="Simulated studies: patients x frames; 0x0 leaves them out.")] = "25x300",
+    cache: Cache = Path("runs/cache"),
+) -> None:
+    """Every figure of the report, with intervals, tables and plots."""
+    from busgen_cds.learning import calibrate, evaluate, export, report
+    from busgen_cds.learning import data as data_
+
+    root = _root(data)
+    rows = data_.read_manifest(root)
+    images = data_.load(root, rows, cache)
+    foreign = _foreign(root / "dicom_us")
+    patients, _, frames = sweeps.partition("x")
+    document: dict[str, Any] = {"arms": {}}
+    for name, folder in (("shipped", shipped), ("external", external)):
+        if folder is None:
+            continue
+        opened = _open(folder, trust)
+        arm = evaluate.Arm(name, opened.manifest, opened.files)
+        run = export.open_graph(arm.files["reader.onnx"])
+        with console.status(f"{name}: reading {len(images)} images"):
+            read = calibrate.cached(run, images.image, cache / f"readings-{opened.digest[:16]}.npz")
+        found = evaluate.measure(arm, images, read, run, foreign, console.print, (int(patients), int(frames)))
+        found |= evaluate.cost(arm)
+        document["arms"][name] = found | {"digest": opened.digest}
+    document = evaluate.rounded(document)
+    document["bars"] = report.bars(document)
+    document["summary"] = {"test": {b["bar"]: b["reached"] for b in document["bars"] if b["reached"] is not None}}
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "reader.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    console.print(f"Written: {report.write(document, out)}")
+    for bar in document["bars"]:
+        console.print(f"{bar['verdict']:>12}  {bar['bar']}: {bar['reached']} ({bar['wanted']})")
+
+
+def _open(folder: Path, trust: list[Path]) -> Bundle:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+    from cryptography.hazmat.primitives.serialization import load_pem_public_key
+
+    from busgen_cds import bundle, signing
+
+    keys = [load_pem_public_key(path.read_bytes()) for place in trust for path in sorted(place.glob("*.pem"))]
+    pairs = [(key, frozenset({bundle.KIND})) for key in keys if isinstance(key, Ed25519PublicKey)]
+    return bundle.Bundle.open(folder, signing.Verifier.of(*pairs))
+
+
+def _foreign(folder: Path) -> dict[str, NDArray[np.uint8]]:
+    """DICOM files of other organs, as the engine would see them; no frame where intake already refuses."""
+    import numpy as np
+
+    from busgen_cds import pixels
+    from busgen_cds.dicom import intake
+    from busgen_cds.study import NotForUs
+
+    found: dict[str, NDArray[np.uint8]] = {}
+    for path in sorted(folder.rglob("*.dcm")) if folder.is_dir() else ():
+        study = intake.study([(path.read_bytes(), path.name)])
+        frames = () if isinstance(study, NotForUs) else study.frames[:24]
+        pictures = [np.rint(pixels.prepare(frame.tissue)[0][0] * 255).astype(np.uint8) for frame in frames]
+        found[str(path.relative_to(folder))] = np.array(pictures, np.uint8).reshape(-1, pixels.SIZE, pixels.SIZE)
+    return found

@@ -1,0 +1,515 @@
+"""Figures of a reader, with intervals: what a critical reviewer would ask for.
+
+Rules:
+- Test splits are read here and nowhere else; nothing here chooses anything.
+- Each arm says what it saw; a set that shares a patient with its training is never reported as a test.
+- Intervals are bootstraps over patients. A figure without enough cases is "not measured".
+- Every table and plot in docs/results/ is made from the document that `measure` returns.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import numpy_helper
+from scipy import ndimage
+from scipy.stats import spearmanr
+
+from busgen_cds import birads, bundle
+from busgen_cds.learning import augment, calibrate, data, export, figures
+from busgen_cds.learning.calibrate import Readings, Run
+from busgen_cds.learning.figures import Interval
+
+Floats = NDArray[np.float64]
+Flags = NDArray[np.bool_]
+BANDS = birads.CATEGORIES
+FRAMES = (1, 5, 20, 300)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A bundle that is judged, and what it saw."""
+
+    name: str
+    manifest: bundle.Manifest
+    files: Mapping[str, bytes]
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return self.manifest.trained_on
+
+
+@dataclass(frozen=True)
+class Set:
+    """Images of one test, and which of them answer which question."""
+
+    name: str
+    keep: Flags  # over all images
+
+
+def tests(images: data.Images, sources: Sequence[str]) -> list[Set]:
+    """The tests of an arm: what it never saw."""
+    rows = images.rows
+
+    def where(ask: Callable[[data.Row], bool]) -> Flags:
+        return np.array([ask(row) for row in rows], np.bool_)
+
+    def lesions(keep: Flags) -> Flags:
+        return np.asarray(keep & (images.lesion == 1))
+
+    test = where(lambda r: r.source == "busbra" and r.split == "test")
+    device = where(lambda r: r.source == "busbra" and r.split.startswith("device"))
+    uclm = where(lambda r: r.source == "bus_uclm" and r.split.startswith("site"))
+    plain = where(lambda r: r.labels.get("doppler") != "1")
+    found = [Set("BUS-BRA test", test), Set("BUS-BRA unseen devices", device)]
+    found.append(Set("BUS-BRA device-test", where(lambda r: r.split == "device-test")))
+    if "busi" in sources:
+        busi = where(lambda r: r.source == "busi" and r.split == "test")
+        found += [Set("BUSI test, lesions", lesions(busi)), Set("BUSI test, all", busi)]
+    else:
+        busi = where(lambda r: r.source == "busi")
+        found += [Set("BUSI external, lesions", lesions(busi)), Set("BUSI external, all 780", busi)]
+        found.append(Set("BUSI external, without excluded", busi & where(lambda r: r.split != "excluded")))
+    found += [
+        Set("BUS-UCLM, lesions", lesions(uclm)),
+        Set("BUS-UCLM, all", uclm),
+        Set("BUS-UCLM, B-mode only, all", uclm & plain),
+        Set("BUS-UCLM, with marks, all", uclm & where(lambda r: r.labels.get("marks") == "1")),
+        Set("BUS-UCLM, without marks, all", uclm & where(lambda r: r.labels.get("marks") == "0")),
+        Set("BUS-UCLM site-test, all", uclm & where(lambda r: r.split == "site-test")),
+    ]
+    _unseen(found, images, sources)
+    return found
+
+
+def _unseen(sets: Sequence[Set], images: data.Images, sources: Sequence[str]) -> None:
+    seen = {(row.source, row.patient) for row in images.rows if row.source in sources and row.split in ("train", "val")}
+    for test in sets:
+        for i in np.flatnonzero(test.keep):
+            row = images.rows[i]
+            if (row.source, row.patient) in seen:
+                raise AssertionError(f"{test.name} holds {row.image}, whose patient {row.patient} the arm has seen")
+
+
+def measure(
+    arm: Arm,
+    images: data.Images,
+    read: Readings,
+    run: Run,
+    foreign: Mapping[str, NDArray[np.uint8]],
+    tell: Callable[[str], None] = lambda line: None,
+    sweeps: tuple[int, int] = (25, 300),
+) -> dict[str, Any]:
+    """Everything that is reported about one arm."""
+    sets = tests(images, arm.sources)
+    logit = _log_odds(arm, read)
+    by_name = {s.name: s.keep for s in sets}
+    test = by_name["BUS-BRA test"]
+    tell(f"{arm.name}: classes")
+    found: dict[str, Any] = {
+        "arm": {"name": arm.name, "trained_on": list(arm.sources), "version": arm.manifest.version},
+        "classification": {s.name: classification(arm, images, logit, s.keep) for s in sets},
+        "presence": presence(images, read, arm.sources),
+        "devices": by_device(images, logit, test | by_name["BUS-BRA unseen devices"]),
+    }
+    tell(f"{arm.name}: outlines")
+    found["outlines"] = outlines(arm, images, read, arm.sources)
+    found["radiologists"] = radiologists(images, logit, test)
+    found["radiologists, unseen devices"] = radiologists(images, logit, by_name["BUS-BRA unseen devices"])
+    found["calibration"] = {s.name: calibration(images, logit, s.keep) for s in sets if s.keep.sum() > 100}
+    found["categories"] = {s.name: categories(arm, images, logit, s.keep) for s in sets}
+    found["decision"] = decision(images, logit, test)
+    found["roc"] = {s.name: _curve(logit[s.keep], images.malignant[s.keep]) for s in sets[:7]}
+    tell(f"{arm.name}: shortcuts")
+    found["shortcuts"] = shortcuts(arm, images, run, logit, test)
+    tell(f"{arm.name}: evidence maps")
+    found["heat"] = heat(arm, images, read, test & (images.malignant == 1), run)
+    found["gate"] = gate(arm, images, read, run, foreign)
+    tell(f"{arm.name}: studies of many frames")
+    found["frames"] = frames(arm, images.pick(test), run, *sweeps) if sweeps[0] else {}
+    return found
+
+
+def _log_odds(arm: Arm, read: Readings) -> Floats:
+    line = arm.manifest.calibration
+    return line.scale * read.malignancy + line.offset
+
+
+def _probability(log_odds: Floats) -> Floats:
+    return np.asarray(1 / (1 + np.exp(-log_odds)))
+
+
+def _floor(arm: Arm) -> float:
+    return min(birads.logit(0.02), birads.logit(arm.manifest.thresholds.rule_out))
+
+
+def classification(arm: Arm, images: data.Images, logit: Floats, keep: Flags) -> dict[str, Any]:
+    """AUC by image and patient; sensitivity and specificity at the two borders of 4A."""
+    score, truth, patients = logit[keep], images.malignant[keep], images.patients[keep]
+    found: dict[str, Any] = {"images": int(keep.sum()), "malignant": int(truth.sum()), "patients": len(set(patients))}
+    found["auc"] = figures.auc_interval(score, truth, patients)
+    means, positive, names = figures.by_patient(score, truth, patients)
+    found["auc_patient"] = figures.auc_interval(means, positive, names)
+    for name, border in (("3/4A", _floor(arm)), ("4A/4B", birads.logit(0.10))):
+        hits, misses = score[truth == 1] >= border, score[truth == 0] < border
+        found[f"sensitivity {name}"] = figures.mean_interval(hits.astype(float), patients[truth == 1])
+        found[f"specificity {name}"] = figures.mean_interval(misses.astype(float), patients[truth == 0])
+    probability = _probability(score)
+    found["ece"] = figures.expected_calibration_error(probability, truth)
+    found["brier"] = float(((probability - truth) ** 2).mean())
+    return found
+
+
+def presence(images: data.Images, read: Readings, sources: Sequence[str]) -> dict[str, Interval]:
+    """Screening: a lesion against a normal breast."""
+    sets = {"BUS-UCLM": _rows(images, "bus_uclm", "site-adapt", "site-test")}
+    if "busi" in sources:
+        sets["BUSI test"] = _rows(images, "busi", "test")
+    else:
+        sets["BUSI external"] = _rows(images, "busi", "train", "val", "test")
+    return {
+        name: figures.auc_interval(read.presence[keep], images.lesion[keep], images.patients[keep])
+        for name, keep in sets.items()
+    }
+
+
+def _rows(images: data.Images, source: str, *splits: str) -> Flags:
+    return np.array([row.source == source and row.split in splits for row in images.rows])
+
+
+def by_device(images: data.Images, logit: Floats, keep: Flags) -> dict[str, Any]:
+    devices = np.array([row.labels.get("device", "") for row in images.rows])
+    found = {}
+    for name in sorted(set(devices[keep])):
+        mine = keep & (devices == name)
+        auc = figures.auc_interval(logit[mine], images.malignant[mine], images.patients[mine])
+        found[str(name)] = {"images": int(mine.sum()), "malignant": int(images.malignant[mine].sum()), "auc": auc}
+    return found
+
+
+def outlines(arm: Arm, images: data.Images, read: Readings, sources: Sequence[str]) -> dict[str, Any]:
+    """Dice and distance of outlines at the network's input size (224 px); normals count 1 when left empty."""
+    sets = {
+        "BUS-BRA test": _rows(images, "busbra", "test"),
+        "BUS-BRA unseen devices": _rows(images, "busbra", "device-adapt", "device-test"),
+    }
+    sets["BUSI test" if "busi" in sources else "BUSI external"] = (
+        _rows(images, "busi", "test") if "busi" in sources else _rows(images, "busi", "train", "val", "test")
+    )
+    sets["BUS-UCLM"] = _rows(images, "bus_uclm", "site-adapt", "site-test")
+    return {name: _outlines(arm, images, read, keep) for name, keep in sets.items()}
+
+
+def _outlines(arm: Arm, images: data.Images, read: Readings, keep: Flags) -> dict[str, Any]:
+    keep = keep & (images.masked == 1)
+    index = np.flatnonzero(keep)
+    shown = sigmoid_of(read.presence) >= arm.manifest.thresholds.presence
+    overlap, near, far, with_presence = [], [], [], []
+    for i in index:
+        drawn = images.mask[i] > 127
+        found = enlarge(read.mask[i]) > arm.manifest.thresholds.mask
+        dice = float(figures.dice(found[None], drawn[None])[0])
+        overlap.append(dice)
+        with_presence.append(dice if shown[i] else float(not drawn.any()))
+        mean, hausdorff = figures.boundary_distance(found, drawn)
+        near.append(mean)
+        far.append(hausdorff)
+    lesion, patients = images.lesion[index] == 1, images.patients[index]
+    values = np.array(overlap)
+    return {
+        "lesions": int(lesion.sum()),
+        "images": len(index),
+        "dice": figures.mean_interval(values[lesion], patients[lesion]),
+        "dice_median": float(np.median(values[lesion])),
+        "dice_with_normals": figures.mean_interval(np.array(with_presence), patients),
+        "distance_px": float(np.nanmean(np.array(near)[lesion])),
+        "hausdorff95_px": float(np.nanmean(np.array(far)[lesion])),
+        "missed": int((values[lesion] < 0.1).sum()),
+    }
+
+
+def sigmoid_of(x: Floats) -> Floats:
+    return np.asarray(1 / (1 + np.exp(-x)))
+
+
+def enlarge(mask: NDArray[Any]) -> Floats:
+    """(h, w) probabilities → twice the size, bilinear with aligned cells."""
+    return np.asarray(ndimage.zoom(mask.astype(np.float32), 2, order=1, grid_mode=True, mode="nearest"))
+
+
+def radiologists(images: data.Images, logit: Floats, keep: Flags) -> dict[str, Any]:
+    """Against the readers' own BI-RADS: sensitivity at their specificity, on the same images, paired by patient."""
+    score, truth, patients = logit[keep], images.malignant[keep], images.patients[keep]
+    grade = np.array([int(row.labels.get("birads") or 0) for row in images.rows])[keep]
+    theirs = (grade >= 4).astype(np.float64)
+
+    def at_theirs(index: NDArray[np.int64]) -> tuple[float, float, float]:
+        t, s = truth[index], score[index]
+        specificity = figures.specificity(theirs[index], t, 0.5)
+        return (
+            figures.sensitivity_at_specificity(s, t, specificity),
+            figures.sensitivity(theirs[index], t, 0.5),
+            specificity,
+        )
+
+    _, readers, specificity = at_theirs(np.arange(len(score)))
+    return {
+        "images": len(score),
+        "malignant": int(truth.sum()),
+        "readers_sensitivity": readers,
+        "readers_specificity": specificity,
+        "our_sensitivity": figures.bootstrap(lambda i: at_theirs(i)[0], patients),
+        "difference": figures.bootstrap(lambda i: at_theirs(i)[0] - at_theirs(i)[1], patients, 2000),
+        "readers_auc_of_grade": figures.auc_interval(grade.astype(float), truth, patients),
+        "difference_in_auc": figures.bootstrap(
+            lambda i: figures.auc(score[i], truth[i]) - figures.auc(grade[i], truth[i]), patients
+        ),
+    }
+
+
+def calibration(images: data.Images, logit: Floats, keep: Flags) -> dict[str, Any]:
+    score, truth, patients = logit[keep], images.malignant[keep], images.patients[keep]
+    order = np.argsort(score)
+    bins = [
+        {
+            "stated": float(_probability(score[p]).mean()),
+            "found": figures.wilson(int(truth[p].sum()), len(p)),
+            "n": len(p),
+        }
+        for p in np.array_split(order, 10)
+        if len(p)
+    ]
+    return {
+        "slope": figures.bootstrap(lambda i: figures.calibration_line(score[i], truth[i])[0], patients, 200),
+        "intercept": figures.bootstrap(lambda i: figures.calibration_line(score[i], truth[i])[1], patients, 200),
+        "bins": bins,
+    }
+
+
+def categories(arm: Arm, images: data.Images, logit: Floats, keep: Flags) -> dict[str, Any]:
+    """Malignancy per category, each with its interval: the bands promise ≤ 2, ≤ 10, ≤ 50, < 95 and ≥ 95 %."""
+    score, truth = logit[keep], images.malignant[keep]
+    rule_out = arm.manifest.thresholds.rule_out
+    said = np.array([birads.category(p, score=p, rule_out=rule_out) for p in _probability(score)])
+    return {
+        band: {
+            "images": int((said == band).sum()),
+            "malignant": figures.wilson(int(truth[said == band].sum()), int((said == band).sum())),
+        }
+        for band in BANDS
+    }
+
+
+def decision(images: data.Images, logit: Floats, keep: Flags) -> dict[str, Any]:
+    """Net benefit of acting on the reader, on everybody, and on the radiologists' BI-RADS ≥ 4."""
+    probability, truth = _probability(logit[keep]), images.malignant[keep]
+    theirs = np.array([float(int(row.labels.get("birads") or 0) >= 4) for row in images.rows])[keep]
+    at = np.arange(0.01, 0.61, 0.01)
+    return {
+        "threshold": [round(float(t), 2) for t in at],
+        "reader": [figures.net_benefit(probability, truth, t) for t in at],
+        "everybody": [figures.net_benefit(np.ones(len(truth)), truth, t) for t in at],
+        "radiologists": [figures.net_benefit(np.where(theirs > 0, 1.0, 0.0), truth, t) for t in at],
+    }
+
+
+def _curve(score: Floats, truth: NDArray[np.int64]) -> dict[str, list[float]]:
+    false, true = figures.roc(score, truth)
+    return {"false": [round(float(v), 4) for v in false], "true": [round(float(v), 4) for v in true]}
+
+
+def shortcuts(arm: Arm, images: data.Images, run: Run, logit: Floats, keep: Flags) -> dict[str, Any]:
+    """What the reader still knows when the lesion cannot be seen, and what its box alone tells."""
+    chosen = images.pick(keep)
+    truth, patients = chosen.malignant, chosen.patients
+    views = {
+        "lesion's box filled": np.stack([fill_box(i, m) for i, m in zip(chosen.image, chosen.mask, strict=True)]),
+        "border only": np.stack([border_only(i) for i in chosen.image]),
+        "painted marks added": np.stack([mark(i, k) for k, i in enumerate(chosen.image)]),
+    }
+    found: dict[str, Any] = {"as it is": figures.auc_interval(logit[keep], truth, patients)}
+    for name, view in views.items():
+        found[name] = figures.auc_interval(calibrate.read(run, view).malignancy, truth, patients)
+    area = np.array([_box_area(m) for m in chosen.mask])
+    found["area of the box alone"] = figures.auc_interval(area, truth, patients)
+    width, height = chosen.placed[:, 1].astype(float), chosen.placed[:, 0].astype(float)
+    found["shape of the image alone"] = figures.auc_interval(width / height, truth, patients)
+    return found
+
+
+def _box(mask: NDArray[np.uint8]) -> tuple[slice, slice]:
+    ys, xs = np.nonzero(mask > 127)
+    pad = 4
+    return slice(max(0, ys.min() - pad), ys.max() + pad + 1), slice(max(0, xs.min() - pad), xs.max() + pad + 1)
+
+
+def _box_area(mask: NDArray[np.uint8]) -> float:
+    rows, columns = _box(mask)
+    return float((rows.stop - rows.start) * (columns.stop - columns.start))
+
+
+def fill_box(image: NDArray[np.uint8], mask: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The lesion's box painted in the mean grey of the tissue around it."""
+    out, box = image.copy(), _box(mask)
+    outside = np.ones(image.shape, bool)
+    outside[box] = False
+    tissue = image[outside & (image > 8)]
+    out[box] = int(tissue.mean()) if tissue.size else 0
+    return out
+
+
+def border_only(image: NDArray[np.uint8], share: float = 0.12) -> NDArray[np.uint8]:
+    """Only the rim of what the scanner showed."""
+    ys, xs = np.nonzero(image > 8)
+    if not len(ys):
+        return image
+    top, bottom, left, right = ys.min(), ys.max(), xs.min(), xs.max()
+    high, wide = int((bottom - top) * share), int((right - left) * share)
+    out = image.copy()
+    out[top + high : bottom - high, left + wide : right - wide] = 0
+    return out
+
+
+def mark(image: NDArray[np.uint8], seed: int) -> NDArray[np.uint8]:
+    """Painted marks in the grey that `pixels` does not take for marks."""
+    stencil = augment.painted_marks(1, image.shape[-1], 10_000 + seed)[0, 0].numpy()
+    return np.where(stencil > 0, np.uint8(205), image)
+
+
+def heat(arm: Arm, images: data.Images, read: Readings, keep: Flags, run: Run) -> dict[str, Any]:
+    """Where the positive evidence lies: inside the outline grown by 10 % of its diameter, against two controls."""
+    index = np.flatnonzero(keep & (images.masked == 1))
+    grown = [_coarse(figures.dilate(images.mask[i] > 127), read.heat.shape[-1]) for i in index]
+    patients = images.patients[index]
+    ours = np.array([_inside(read.heat[i], g) for i, g in zip(index, grown, strict=True)])
+    centre = _centre(read.heat.shape[-1])
+    control = np.array([_inside(centre, g) for g in grown])
+    broken = calibrate.read(export.open_graph(randomise(arm.files[bundle.NETWORK])), images.image[index]).heat
+    lost = np.array([_inside(b, g) for b, g in zip(broken, grown, strict=True)])
+    alike = [float(spearmanr(read.heat[i].ravel(), b.ravel()).statistic) for i, b in zip(index, broken, strict=True)]
+    total = np.array([np.clip(read.heat[i], 0, None).sum() for i in index])
+    return {
+        "images": len(index),
+        "inside": figures.mean_interval(ours, patients),
+        "inside_pooled": float((ours * total).sum() / total.sum()),
+        "centre_prior": figures.mean_interval(control, patients),
+        "mask_area": float(np.mean([g.mean() for g in grown])),
+        "random_weights": figures.mean_interval(np.nan_to_num(lost), patients),
+        "rank_correlation_with_random_weights": float(np.nanmean(alike)),
+    }
+
+
+def _inside(evidence: NDArray[Any], region: Floats) -> float:
+    positive = np.clip(evidence, 0, None)
+    total = float(positive.sum())
+    return float((positive * region).sum() / total) if total > 1e-9 else 0.0
+
+
+def _coarse(region: Flags, grid: int) -> Floats:
+    """The share of each cell of a coarser grid that lies in the region."""
+    step = region.shape[0] // grid
+    return np.asarray(region.reshape(grid, step, grid, step).mean((1, 3)), np.float64)
+
+
+def _centre(grid: int) -> Floats:
+    """A map that knows nothing but that lesions are photographed in the middle."""
+    line = np.exp(-0.5 * ((np.arange(grid) + 0.5 - grid / 2) / (grid / 6)) ** 2)
+    high = np.exp(-0.5 * ((np.arange(grid) + 0.5 - grid * 0.4) / (grid / 6)) ** 2)
+    return np.asarray(high[:, None] * line[None, :])
+
+
+def randomise(graph: bytes, seed: int = 0) -> bytes:
+    """The same graph with the numbers of every stored weight shuffled."""
+    model = onnx.load_from_string(graph)
+    rng = np.random.default_rng(seed)
+    for tensor in model.graph.initializer:
+        if tensor.name.endswith("_half"):
+            values = numpy_helper.to_array(tensor)
+            tensor.CopyFrom(numpy_helper.from_array(rng.permutation(values.ravel()).reshape(values.shape), tensor.name))
+    return bytes(model.SerializeToString())
+
+
+def gate(
+    arm: Arm, images: data.Images, read: Readings, run: Run, foreign: Mapping[str, NDArray[np.uint8]]
+) -> dict[str, Any]:
+    """Share of frames that are declined as unlike the training data."""
+    import safetensors.numpy
+
+    held = safetensors.numpy.load(arm.files[bundle.DOMAIN])
+    distance = calibrate.Gate(held["mean"], held["whiten"]).distance(read.embedding)
+    declined = distance > arm.manifest.thresholds.domain
+    doppler = np.array([row.labels.get("doppler") == "1" for row in images.rows])
+    uclm = _rows(images, "bus_uclm", "site-adapt", "site-test")
+    sets = {
+        "BUS-BRA test": _rows(images, "busbra", "test"),
+        "BUS-BRA unseen devices": _rows(images, "busbra", "device-adapt", "device-test"),
+    }
+    sets["BUSI test"] = _rows(images, "busi", "test")
+    sets |= {"BUS-UCLM B-mode": uclm & ~doppler, "BUS-UCLM Doppler": uclm & doppler}
+    found: dict[str, Any] = {name: figures.wilson(int(declined[k].sum()), int(k.sum())) for name, k in sets.items()}
+    if not foreign:
+        return found
+    files = {}
+    for name, pictures in foreign.items():
+        if len(pictures):
+            embedding = calibrate.read(run, pictures).embedding
+            far = calibrate.Gate(held["mean"], held["whiten"]).distance(embedding)
+            files[name] = float((far > arm.manifest.thresholds.domain).mean())
+    gated = sum(share > 0.5 for share in files.values())
+    refused = len(foreign) - len(files)
+    found["files of other organs"] = figures.wilson(gated + refused, len(foreign))
+    found["files of other organs that reach the gate"] = figures.wilson(gated, len(files))
+    found["files read after all"] = sorted(name for name, share in files.items() if share <= 0.5)
+    return found
+
+
+def frames(arm: Arm, images: data.Images, run: Run, patients: int, count: int) -> dict[str, Any]:
+    """Specificity and sensitivity at the 3/4A border of studies of n frames, corrected as the engine corrects them."""
+    simulated = calibrate.simulate(run, images, arm.manifest.calibration, patients, count, seed=7)
+    border, pooling = _floor(arm), arm.manifest.pooling
+    found: dict[str, Any] = {"patients": patients, "malignant": sum(simulated.malignant)}
+    gaps: list[float] = []
+    for n in FRAMES:
+        score, truth = calibrate.highest(simulated, n)
+        for kind, shift in (("corrected", pooling.correction(n)), ("uncorrected", 0.0)):
+            found[f"{n} {kind}"] = {
+                "specificity": figures.specificity(score - shift, truth, border),
+                "sensitivity": figures.sensitivity(score - shift, truth, border),
+            }
+        gaps.append(found[f"{n} corrected"]["specificity"])
+    found["specificity gap"] = max(gaps) - min(gaps)
+    return found
+
+
+def cost(arm: Arm, repeats: int = 30) -> dict[str, float]:
+    """Size of the bundle, and the time of one frame on two threads of this machine (the median)."""
+    run = export.open_graph(arm.files[bundle.NETWORK], threads=2)
+    frame = np.full((1, 1, arm.manifest.size, arm.manifest.size), 0.3, np.float32)
+    run(frame)
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        run(frame)
+        times.append(time.perf_counter() - began)
+    size = sum(len(data) for data in arm.files.values()) / 1e6
+    return {"size_mb": round(size, 2), "milliseconds": round(1000 * float(np.median(times)), 1)}
+
+
+def rounded(value: Any) -> Any:
+    """The document as JSON: four digits, NaN as null."""
+    if isinstance(value, Mapping):
+        return {str(k): rounded(v) for k, v in value.items()}
+    if isinstance(value, Interval):
+        return {"value": rounded(value.value), "low": rounded(value.low), "high": rounded(value.high)}
+    if isinstance(value, list | tuple):
+        return [rounded(v) for v in value]
+    if isinstance(value, float | np.floating):
+        return None if math.isnan(value) else round(float(value), 4)
+    return int(value) if isinstance(value, np.integer) else value

@@ -1,0 +1,121 @@
+"""Trained checkpoints → a calibrated Candidate: open, export, check parity, calibrate on `val`, describe.
+
+Rules:
+- Members of one ensemble come from one arm: the same sources, the same split.
+- Every number in the Candidate that was fitted was fitted on `val`; the gate's directions come from `train`.
+"""
+
+from __future__ import annotations
+
+import datetime
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from busgen_cds import bundle
+from busgen_cds.birads import logit
+from busgen_cds.errors import Misconfigured
+from busgen_cds.learning import calibrate, card, data, export, figures
+from busgen_cds.learning.recipes import train_reader
+
+LOWEST_BAND = 0.02  # at and below it a category may be "3"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a person decides about a bundle."""
+
+    name: str
+    version: str
+    created: datetime.date
+    mirrored: bool = True
+    sweeps: int = 40  # simulated studies that the pooling is fitted on
+    sweep_frames: int = 48
+
+
+def make(
+    root: Path,
+    checkpoints: Sequence[Path],
+    choice: Choice,
+    cache: Path | None = None,
+    figures_so_far: Mapping[str, Any] | None = None,
+    tell: Callable[[str], None] = lambda line: None,
+) -> bundle.Candidate:
+    """Everything from checkpoints to an unsigned Candidate."""
+    tell("opening the checkpoints")
+    deployed, notes = export.open_checkpoints(checkpoints, choice.mirrored)
+    sources = _one_arm(notes)
+    rows = data.read_manifest(root)
+    settings = train_reader.Settings(sources=sources)
+    train_rows, val_rows = train_reader.choose(rows, settings)
+    data.check_arm(train_rows, rows)
+    train = data.load(root, train_rows, cache)
+    val = data.load(root, val_rows, cache)
+
+    tell("exporting and comparing with torch")
+    graph = export.to_onnx(deployed)
+    run = export.open_graph(graph)
+    parity = export.parity(deployed, run, np.asarray(val.image[:4, None] / 255, np.float32))
+
+    tell("calibrating on val")
+    read = calibrate.read(run, val.image)
+    calibration = calibrate.fit(read, val)
+    gate = calibrate.Gate.fit(calibrate.read(run, train.image).embedding)
+    reach = calibrate.reach(gate.distance(read.embedding))
+    thresholds = calibrate.thresholds(read, val, calibration, reach)
+
+    tell("simulating studies of many frames")
+    sweeps = calibrate.simulate(run, val, calibration, choice.sweeps, choice.sweep_frames)
+    pooling = calibrate.pooling(sweeps, lowest_suspicion(thresholds))
+
+    on_val = _on_val(read, val, calibration, thresholds) | {"parity": parity}
+    measured = {"val": on_val, **(figures_so_far or {})}
+    described = {"members": [note["settings"] | {"step": note["step"]} for note in notes], "mirrored": choice.mirrored}
+    return export.candidate(
+        name=choice.name,
+        version=choice.version,
+        created=choice.created,
+        graph=graph,
+        domain=gate.to_bytes(),
+        card=card.write(choice.name, choice.version, train, val, calibration, thresholds, measured, described),
+        calibration=calibration,
+        thresholds=thresholds,
+        pooling=pooling,
+        trained_on=sources,
+        settings=described,
+        figures=measured,
+    )
+
+
+def lowest_suspicion(thresholds: bundle.Thresholds) -> float:
+    """Log-odds at and above which a category is 4A or more at the calibration's own prevalence."""
+    return min(logit(LOWEST_BAND), logit(thresholds.rule_out))
+
+
+def _one_arm(notes: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    arms = {tuple(note["settings"]["sources"]) for note in notes}
+    if len(arms) != 1:
+        raise Misconfigured(f"The checkpoints come from different arms: {sorted(arms)}.")
+    return arms.pop()
+
+
+def _on_val(
+    read: calibrate.Readings, val: data.Images, calibration: bundle.Calibration, thresholds: bundle.Thresholds
+) -> dict[str, Any]:
+    drawn = (val.lesion == 1) & (val.masked == 1)
+    overlap = figures.dice(read.mask[drawn] > thresholds.mask, calibrate.half(val.mask[drawn]))
+    log_odds = calibration.scale * read.malignancy + calibration.offset
+    floor = lowest_suspicion(thresholds)
+    found = {
+        "images": len(val),
+        "auc": figures.auc(read.malignancy, val.malignant),
+        "presence_auc": figures.auc(read.presence, val.lesion),
+        "dice": float(overlap.mean()),
+        "sensitivity_4a": figures.sensitivity(log_odds, val.malignant, floor),
+        "specificity_4a": figures.specificity(log_odds, val.malignant, floor),
+    }
+    return {name: None if isinstance(v, float) and math.isnan(v) else round(v, 4) for name, v in found.items()}

@@ -1,0 +1,170 @@
+"""The recipe: it goes on after a kill, and says what is wrong with its input."""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from busgen_cds.errors import Misconfigured
+from busgen_cds.learning import checkpoint, data, tasks
+from busgen_cds.learning.recipes import train_reader
+from tests.learning import toys
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return toys.write(tmp_path / "data", toys.records())
+
+
+def test_a_killed_run_ends_as_if_it_had_not_been(root: Path, tmp_path: Path) -> None:
+    """A run that was killed and started again ends with the same weights, bit for bit."""
+    settings = toys.settings()
+    whole = train_reader.train(root, tmp_path / "whole", settings)
+
+    def kill(report: train_reader.Report) -> None:
+        if report.step == 4:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train_reader.train(root, tmp_path / "killed", settings, tell=kill)
+    assert checkpoint.read(tmp_path / "killed" / train_reader.CHECKPOINT)[1]["step"] == 2
+    again = train_reader.train(root, tmp_path / "killed", settings)
+    expected, found = checkpoint.read(whole)[0], checkpoint.read(again)[0]
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_other_settings_are_not_mixed_into_a_run(root: Path, tmp_path: Path) -> None:
+    """A folder that holds a run with other settings is refused, naming the setting."""
+    train_reader.train(root, tmp_path / "run", toys.settings(steps=2))
+    with pytest.raises(Misconfigured, match="rate"):
+        train_reader.train(root, tmp_path / "run", toys.settings(steps=2, rate=1e-5))
+
+
+def test_two_steps_on_a_fixed_seed_learn(root: Path, tmp_path: Path) -> None:
+    """Training lowers the loss on the images it sees."""
+    told: list[float] = []
+    settings = toys.settings(
+        steps=24, report_every=4, save_every=24, strength=toys.GENTLE, rate=2e-3, encoder_rate=2e-4
+    )
+    train_reader.train(root, tmp_path / "run", settings, tell=lambda report: told.append(report.loss))
+    assert told[-1] < told[0]
+
+
+def test_a_loss_that_is_not_a_number(root: Path, tmp_path: Path) -> None:
+    """A NaN loss stops the run with a message; the last good checkpoint stays."""
+    path = train_reader.train(root, tmp_path / "run", toys.settings(steps=2))
+    kept = path.read_bytes()
+    with pytest.raises(Misconfigured, match="not a number"):
+        train_reader.train(root, tmp_path / "bad", toys.settings(weight_mask=math.nan), start=path)
+    assert path.read_bytes() == kept
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk while saving leaves the last good checkpoint intact and nothing half-written."""
+    path = tmp_path / "reader.safetensors"
+    checkpoint.write(path, {"weight": torch.ones(3)}, {"step": 1})
+
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(Misconfigured, match="No space left"):
+        checkpoint.write(path, {"weight": torch.zeros(3)}, {"step": 2})
+    assert checkpoint.read(path)[1]["step"] == 1
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_file_that_is_no_checkpoint(tmp_path: Path) -> None:
+    """A truncated checkpoint is refused by name."""
+    path = tmp_path / "reader.safetensors"
+    path.write_bytes(b"nothing of the kind")
+    with pytest.raises(Misconfigured, match=r"reader\.safetensors"):
+        checkpoint.read(path)
+
+
+def test_a_missing_image_is_named(root: Path) -> None:
+    """A manifest whose image is missing is refused with line and file."""
+    (root / "3.png").unlink()
+    with pytest.raises(Misconfigured, match=r"line 5.*3\.png"):
+        data.read_manifest(root)
+
+
+def test_an_unknown_label_is_named(tmp_path: Path) -> None:
+    """An unknown pathology is refused with its line."""
+    rows = toys.records()
+    rows[2]["pathology"] = "cyst"
+    with pytest.raises(Misconfigured, match=r"line 4.*'cyst'"):
+        data.read_manifest(toys.write(tmp_path, rows))
+
+
+def test_a_patient_in_two_splits_is_named(tmp_path: Path) -> None:
+    """A patient in two splits is refused with both lines."""
+    rows = toys.records()
+    rows[11]["patient"] = rows[0]["patient"]
+    with pytest.raises(Misconfigured, match=r"p0 is in two splits.*line 2.*line 13"):
+        data.read_manifest(toys.write(tmp_path, rows))
+
+
+def test_one_class_only_is_refused(tmp_path: Path) -> None:
+    """An arm that has one class only cannot be trained."""
+    rows = [row for row in toys.records() if row["pathology"] != "malignant"]
+    with pytest.raises(Misconfigured, match="all not malignant"):
+        train_reader.train(toys.write(tmp_path / "data", rows), tmp_path / "run", toys.settings())
+
+
+def test_a_held_out_patient_may_not_train(root: Path) -> None:
+    """No patient of a test split may be seen by an arm, whatever rows are handed in."""
+    rows = data.read_manifest(root)
+    sealed = [replace(row, split="test") if row.patient == "p0" else row for row in rows]
+    with pytest.raises(Misconfigured, match="p0 is held out"):
+        data.check_arm(rows, sealed)
+
+
+def test_folds_never_share_a_patient(root: Path) -> None:
+    """Cross-validation splits by patient, and every patient is left out once."""
+    rows = data.read_manifest(root)
+    left_out = []
+    for k in range(3):
+        training, val = train_reader.choose(rows, toys.settings(fold=(k, 3)))
+        assert not {row.patient for row in training} & {row.patient for row in val}
+        left_out += [row.patient for row in val]
+    assert sorted(left_out) == sorted(row.patient for row in rows)
+
+
+def test_missing_starting_weights_are_named(root: Path, tmp_path: Path) -> None:
+    """Starting weights that are not there are named before anything is trained."""
+    with pytest.raises(Misconfigured, match=r"none\.npz"):
+        train_reader.train(root, tmp_path / "run", toys.settings(), init=tmp_path / "none.npz")
+
+
+def test_a_task_file_becomes_a_head(root: Path, tmp_path: Path) -> None:
+    """A further task is a small file: column, classes, thresholds."""
+    path = tmp_path / "task.toml"
+    path.write_text(
+        'name = "grade"\ncolumn = "birads"\n[[classes]]\nname = "low"\nvalues = ["2", "3"]\n'
+        '[[classes]]\nname = "high"\nvalues = ["4", "5"]\nthreshold = 0.4\n'
+    )
+    task = tasks.read(path)
+    rows = data.read_manifest(root)
+    assert task.targets(rows[:3]) == [-1, 0, 1]
+    made = train_reader.train(root, tmp_path / "run", toys.settings(steps=2, tasks=(task,)))
+    assert any(name.startswith("average.heads.grade.") for name in checkpoint.read(made)[0])
+
+
+def test_a_task_with_one_class_is_refused(tmp_path: Path) -> None:
+    """A task needs two classes."""
+    path = tmp_path / "task.toml"
+    path.write_text('name = "grade"\ncolumn = "birads"\n[[classes]]\nname = "low"\nvalues = ["2"]\n')
+    with pytest.raises(Misconfigured, match="two classes"):
+        tasks.read(path)
