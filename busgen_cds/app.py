@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache, partial
@@ -83,6 +85,20 @@ def open_engine(folder: Path | None = None, device: Device = "auto") -> Engine:
     return engine.open(open_bundle(folder), device)
 
 
+def bundle_folder(chosen: Settings) -> Path | None:
+    """The site's bundle; None: the one shipped."""
+    return chosen.path(chosen.reader.bundle) if chosen.reader.bundle else None
+
+
+@contextmanager
+def opened_engine(chosen: Settings) -> Iterator[Engine]:
+    reader = open_engine(bundle_folder(chosen), chosen.reader.device)
+    try:
+        yield reader
+    finally:
+        reader.close()
+
+
 # ---- Reading files
 
 
@@ -130,6 +146,15 @@ def found(folder: Path, text: str) -> Path:
     vault.write_key_file(folder / "keys" / "site.key")
     open_site(settings.read(file)).close()
     return file
+
+
+@contextmanager
+def opened_site(chosen: Settings) -> Iterator[Site]:
+    site = open_site(chosen)
+    try:
+        yield site
+    finally:
+        site.close()
 
 
 def open_site(chosen: Settings) -> Site:

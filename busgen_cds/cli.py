@@ -76,9 +76,8 @@ def _begin(
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens to standard error.")] = False,
 ) -> None:
-    logging.basicConfig(
-        level=logging.INFO if verbose else logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("busgen_cds").setLevel(logging.INFO if verbose else logging.WARNING)
     if version:
         out.print(f"busgen-cds {busgen_cds.__version__}")
         raise typer.Exit
@@ -177,7 +176,7 @@ def serve(config: Config = HERE) -> None:
     """Receive, read, deliver and show pages, all in one go."""
     from busgen_cds import serving
 
-    serving.everything(_settings(config))
+    serving.everything(_served(config))
 
 
 @app.command()
@@ -185,7 +184,7 @@ def listen(config: Config = HERE) -> None:
     """Receive studies (C-STORE, C-ECHO, storage commitment)."""
     from busgen_cds import serving
 
-    serving.listener(_settings(config))
+    serving.listener(_served(config))
 
 
 @app.command()
@@ -196,7 +195,7 @@ def work(
     """Read studies and deliver results."""
     from busgen_cds import serving
 
-    serving.worker(_settings(config), name)
+    serving.worker(_served(config), name)
 
 
 @app.command()
@@ -204,7 +203,13 @@ def web(config: Config = HERE) -> None:
     """Show the pages and answer the API."""
     from busgen_cds import serving
 
-    serving.pages(_settings(config))
+    serving.pages(_served(config))
+
+
+def _served(config: Path) -> settings.Settings:
+    """A service says in its log what it does."""
+    logging.getLogger("busgen_cds").setLevel(logging.INFO)
+    return _settings(config)
 
 
 def _settings(config: Path) -> settings.Settings:
