@@ -115,6 +115,7 @@ def seal(
     data: Data = None,
     mirrored: Annotated[bool, typer.Option(help="Average the mirrored view as well.")] = True,
     figures: Annotated[Path | None, typer.Option(help="reader.json of an evaluation, for the card.")] = None,
+    sweeps: Annotated[str, typer.Option(help="Simulated studies for the pooling: patients x frames.")] = "40x120",
     cache: Cache = Path("runs/cache"),
 ) -> None:
     """Calibrate, export, check parity and sign with a key that is used once and thrown away."""
@@ -125,7 +126,9 @@ def seal(
     from busgen_cds.learning.recipes import make_bundle
 
     measured = json.loads(figures.read_text())["summary"] if figures else None
-    choice = make_bundle.Choice(name, version, datetime.datetime.now(datetime.UTC).date(), mirrored)
+    patients, _, frames = sweeps.partition("x")
+    today = datetime.datetime.now(datetime.UTC).date()
+    choice = make_bundle.Choice(name, version, today, mirrored, int(patients), int(frames))
     candidate = make_bundle.make(_root(data), checkpoints, choice, cache, measured, tell=console.print)
     signer = signing.KeySigner(Ed25519PrivateKey.generate())
     public = signer.key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
