@@ -361,6 +361,7 @@ def queue(
     config: Config = HERE,
     retry: Annotated[str | None, typer.Option(help="Try a study's stuck work again, by its reference.")] = None,
     release: Annotated[str | None, typer.Option(help="Let a held study go on, by its reference.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Let a stopped engine be used again.")] = False,
     who: Annotated[str, typer.Option(help="Who asks; it is recorded.")] = "operator",
     as_json: Json = False,
 ) -> None:
@@ -372,11 +373,13 @@ def queue(
         return out.print(operating.retry(site, retry, who))
     if release:
         return out.print(operating.release(site, release, who))
+    if resume:
+        return out.print(operating.resume(site, who))
     waiting = operating.queue(site)
     if as_json:
         return _print_json(waiting)
-    rows = [(each["kind"], each["ref"], each["state"], each["since"], each["reason"]) for each in waiting]
-    return _table(("what", "reference", "state", "since", "reason"), rows)
+    columns = ("what", "ref", "state", "destination", "reason", "verb")
+    return _table(columns, [[each[name] for name in columns] for each in waiting])
 
 
 @bundle_app.command("list")

@@ -5,29 +5,21 @@ No document names a patient; a study is named by its opaque reference.
 
 from __future__ import annotations
 
+import dataclasses
+from datetime import UTC, datetime
 from typing import Any
 
 from busgen_cds import summary
 from busgen_cds.app import Site
 from busgen_cds.errors import Misconfigured
-from busgen_cds.store.results import Delivered, Delivery
+from busgen_cds.flows import queue as waiting
 from busgen_cds.study import NotForUs
 
 
 def queue(site: Site) -> list[dict[str, Any]]:
-    """Everything that is not done: held, waiting, stuck, refused, set aside."""
-    held = [_row("study", s.ref, "held", s.last_received_at, s.held) for s in site.inbox.studies() if s.held]
-    jobs = [_row("study", job.study_ref, job.state, job.since, job.reason) for job in site.jobs.all()]
-    waiting = [_delivery(each) for each in (*site.results.undelivered(), *site.results.parked())]
-    refused = [_refused(delivery, each) for delivery, each in site.results.refused()]
-    corrupt = [_row("quarantine", q.ref, q.calling_ae, q.received_at, q.reason) for q in site.inbox.quarantined()]
-    aside = [
-        _row("instance", c.ref, "set aside", c.received_at, "other content under a SOP Instance UID that was known")
-        for c in site.inbox.conflicts()
-    ]
-    stopped = site.jobs.engine_stopped()
-    engine = [_row("engine", "", "stopped", "", stopped)] if stopped else []
-    return [*engine, *held, *jobs, *waiting, *refused, *corrupt, *aside]
+    """What waits and what is stuck, stuck first."""
+    now = datetime.now(UTC)
+    return [dataclasses.asdict(item) for item in waiting.items(site.inbox, site.results, site.jobs, now=now)]
 
 
 def document(site: Site, result_ref: str) -> dict[str, Any]:
@@ -58,8 +50,6 @@ def document(site: Site, result_ref: str) -> dict[str, Any]:
 
 def retry(site: Site, study_ref: str, who: str) -> str:
     """Take up a study's stuck work again: its reading, or its deliveries."""
-    if site.jobs.engine_stopped() is not None:
-        site.jobs.resume_engine(who=who)
     job = site.jobs.retry(study_ref, who=who)
     if job is not None:
         site.desk.read(study_ref, job.evidence_digest)
@@ -77,14 +67,6 @@ def release(site: Site, study_ref: str, who: str) -> str:
     return "The study goes on."
 
 
-def _row(kind: str, ref: str, state: str, since: object, reason: str | None) -> dict[str, Any]:
-    when = since.astimezone().strftime("%Y-%m-%d %H:%M:%S") if hasattr(since, "astimezone") else str(since)
-    return {"kind": kind, "ref": ref, "state": state, "since": when, "reason": reason or ""}
-
-
-def _delivery(each: Delivery) -> dict[str, Any]:
-    return _row(f"delivery to {each.destination}", each.study_ref, each.state, each.since, each.reason)
-
-
-def _refused(delivery: Delivery, each: Delivered) -> dict[str, Any]:
-    return _row(f"{each.kind} at {each.destination}", delivery.study_ref, "refused", each.at, each.reason)
+def resume(site: Site, who: str) -> str:
+    """Let a stopped engine be used again, once its reason was dealt with."""
+    return "The engine is used again." if site.jobs.resume_engine(who=who) else "The engine was not stopped."
