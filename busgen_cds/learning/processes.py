@@ -1,0 +1,68 @@
+"""The processes of one run: alone, or started together by `torchrun`.
+
+Rules:
+- Rank 0 writes and reports; a decision is taken by rank 0 and followed by all.
+- What `Team.parallel` gave must be let go of before the team parts: freed later, it waits for ever.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Team:
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def leads(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def device(self) -> torch.device:
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device("cuda", self.rank % torch.cuda.device_count())
+
+    def parallel(self, network: nn.Module) -> nn.Module:
+        """The same network; its gradients are averaged over the team."""
+        return nn.parallel.DistributedDataParallel(network) if self.world > 1 else network
+
+    def share_gradients(self, network: nn.Module) -> None:
+        """Average the gradients of a network that is not `parallel`."""
+        if self.world > 1:
+            for parameter in network.parameters():
+                if parameter.grad is not None:
+                    dist.all_reduce(parameter.grad)
+                    parameter.grad /= self.world
+
+    def agree(self, yes: bool) -> bool:
+        """What rank 0 decided."""
+        if self.world == 1:
+            return yes
+        said = torch.tensor([float(yes)], device=self.device)
+        dist.broadcast(said, 0)
+        return bool(said.item())
+
+
+@contextlib.contextmanager
+def team() -> Iterator[Team]:
+    """This process's place among those that `torchrun` started."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        yield Team()
+        return
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield Team(dist.get_rank(), world)
+        dist.barrier()  # nobody leaves while rank 0 still writes
+    finally:
+        dist.destroy_process_group()

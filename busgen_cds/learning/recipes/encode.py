@@ -1,0 +1,256 @@
+"""Images → latents in shards, once, so that the flow's training never waits for an image.
+
+Rules:
+- A shard is a WebDataset tar, complete or absent: written beside its place and renamed.
+- Rows are spread over the shards by their file names' digest: every shard is a fair sample.
+- Views of an image: as it is, mirrored, and close-ups that keep the lesion and the skin's side up.
+- No patient, date or file name enters a shard.
+
+Under `torchrun` every process encodes its share of the shards; a run that was stopped goes on with what is missing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import webdataset
+from numpy.typing import NDArray
+
+from busgen_cds import pixels
+from busgen_cds.errors import Misconfigured
+from busgen_cds.learning import conditions, data, processes
+from busgen_cds.learning.autoencoder import Autoencoder
+from busgen_cds.learning.conditions import Box
+from busgen_cds.learning.recipes.autoencode import read_coder
+from busgen_cds.pixels import Placement
+
+INDEX = "index.json"
+LABELS = ("pathology", "birads", "device")
+
+
+@dataclass(frozen=True)
+class Settings:
+    sources: tuple[str, ...] = ("busbra", "busi")
+    size: int = 128
+    views: int = 4  # of each lesion image
+    normal_views: int = 12  # of each normal image: there are few
+    shard: int = 1024  # images before their views
+    closest: float = 0.8  # a close-up shows at least this part of each side
+    seed: int = 0
+    labels: tuple[str, ...] = LABELS
+
+
+class View(NamedTuple):
+    """One picture ready to be encoded."""
+
+    image: NDArray[np.uint8]  # (S, S)
+    mask: NDArray[np.uint8]
+    placement: Placement
+
+
+def encode(
+    root: Path,
+    coder: Path,
+    out: Path,
+    settings: Settings,
+    splits: Sequence[str] = ("train", "val"),
+    tell: Callable[[int, int], None] = lambda done, total: None,
+) -> Path:
+    """Write the shards of each split and, last, their index."""
+    with processes.team() as team:
+        network = read_coder(coder).to(team.device)
+        rows = [row for row in data.read_manifest(root) if row.source in settings.sources]
+        parts = [(split, i, part) for split in splits for i, part in enumerate(spread(rows, split, settings.shard))]
+        out.mkdir(parents=True, exist_ok=True)
+        for done, (split, i, part) in enumerate(parts[team.rank :: team.world]):
+            path = out / f"{split}-{i:06d}.tar"
+            if not path.exists():
+                write(path, _samples(root, part, network, settings, views=split == "train"))
+            tell(done + 1, len(parts) // team.world)
+        if team.world > 1:
+            torch.distributed.barrier()
+        if team.leads:
+            _write_index(out, parts, settings)
+    return out / INDEX
+
+
+def spread(rows: Sequence[data.Row], split: str, size: int) -> list[list[data.Row]]:
+    """The rows of a split in a fixed order that knows nothing of source or class, cut into shards."""
+    mine = sorted(
+        (row for row in rows if row.split == split), key=lambda row: hashlib.sha256(row.image.encode()).digest()
+    )
+    return [mine[i : i + size] for i in range(0, len(mine), size)]
+
+
+def count_of(rows: Sequence[data.Row], settings: Settings, views: bool) -> int:
+    return sum(1 if not views else settings.views if row.lesion else settings.normal_views for row in rows)
+
+
+def _samples(
+    root: Path, rows: Sequence[data.Row], coder: Autoencoder, settings: Settings, views: bool
+) -> Iterator[dict[str, Any]]:
+    whole = data.load(root, rows, None, settings.size)
+    double = data.load(root, rows, None, 2 * settings.size) if views else whole
+    device = next(coder.parameters()).device
+    number = 0
+    for i, row in enumerate(rows):
+        count = count_of([row], settings, views)
+        rng = np.random.default_rng((settings.seed, int.from_bytes(hashlib.sha256(row.image.encode()).digest()[:4])))
+        made = [view(whole, double, i, k, settings, rng) for k in range(count)]
+        stack = torch.from_numpy(np.stack([v.image for v in made]))[:, None].to(device).float() / 127.5 - 1
+        with torch.inference_mode():
+            latents = coder.encode(stack).cpu().half().numpy()
+        for one, latent in zip(made, latents, strict=True):
+            yield sample(f"{number:07d}", latent, one, {name: row.labels.get(name) or None for name in settings.labels})
+            number += 1
+
+
+def view(
+    whole: data.Images, double: data.Images, i: int, number: int, settings: Settings, rng: np.random.Generator
+) -> View:
+    """View 0 is the image, view 1 its mirror image; every other is a close-up, mirrored by a coin."""
+    height, width = (int(n) for n in whole.placed[i])
+    if number < 2:
+        one = View(whole.image[i], whole.mask[i], Placement(height, width, settings.size))
+        return _mirrored(one) if number else one
+    one = _close_up(double, i, settings, rng)
+    return _mirrored(one) if rng.random() < 0.5 else one
+
+
+def _mirrored(one: View) -> View:
+    # the letter-box is centred up to a pixel: mirror the region, not the square
+    place = one.placement
+    columns = slice(place.left, place.left + place.columns)
+    image, mask = one.image.copy(), one.mask.copy()
+    image[:, columns], mask[:, columns] = image[:, columns][:, ::-1], mask[:, columns][:, ::-1]
+    return View(image, mask, place)
+
+
+def _close_up(double: data.Images, i: int, settings: Settings, rng: np.random.Generator) -> View:
+    big = Placement(int(double.placed[i][0]), int(double.placed[i][1]), 2 * settings.size)
+    region = (slice(0, big.rows), slice(big.left, big.left + big.columns))
+    image, mask = double.image[i][region], double.mask[i][region]
+    top, bottom, left, right = _frame(mask, settings.closest, rng)
+    place = Placement(bottom - top, right - left, settings.size)
+    square, outline = np.zeros((2, settings.size, settings.size), np.uint8)
+    inner = (slice(0, place.rows), slice(place.left, place.left + place.columns))
+    for target, source in ((square, image), (outline, mask)):
+        small = pixels.resize(source[top:bottom, left:right].astype(np.float32), place.rows, place.columns)
+        target[inner] = np.rint(small).clip(0, 255)
+    return View(square, outline, place)
+
+
+def _frame(mask: NDArray[np.uint8], closest: float, rng: np.random.Generator) -> tuple[int, int, int, int]:
+    """A window that keeps the lesion whole and cuts little of the skin."""
+    rows, columns = mask.shape
+    height, width = (int(n * rng.uniform(closest, 1)) for n in (rows, columns))
+    top, left = int(rng.uniform(0, 0.3) * (rows - height)), int(rng.uniform(0, 1) * (columns - width))
+    lesion = np.argwhere(mask > 127)
+    if len(lesion):
+        (first, west), (last, east) = lesion.min(0), lesion.max(0) + 1
+        top, left = min(top, int(first)), min(left, int(west))
+        height, width = max(height, int(last) - top), max(width, int(east) - left)
+    return top, top + height, left, left + width
+
+
+def sample(key: str, latent: NDArray[np.float16], one: View, labels: dict[str, str | None]) -> dict[str, Any]:
+    box = conditions.box_of(one.mask, one.placement)
+    notes = {
+        "labels": labels,
+        "box": list(box) if box else None,
+        "height": one.placement.height,
+        "width": one.placement.width,
+    }
+    outline = conditions.outline_planes(one.mask).half().numpy()
+    return {
+        "__key__": key,
+        "latent.npy": _npy(latent),
+        "outline.npy": _npy(outline),
+        "json": json.dumps(notes).encode(),
+    }
+
+
+def _npy(array: NDArray[Any]) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+def write(path: Path, samples: Iterator[dict[str, Any]]) -> None:
+    partial = path.with_suffix(".partial")
+    with webdataset.TarWriter(str(partial), encoder=False, mtime=0) as tar:
+        for one in samples:
+            tar.write(one)
+    partial.replace(path)
+
+
+def _write_index(out: Path, parts: Sequence[tuple[str, int, Sequence[data.Row]]], settings: Settings) -> None:
+    """What a reader of the shards must know: how many samples each holds, the labels, boxes and shapes seen."""
+    shards = [
+        {"name": f"{split}-{i:06d}.tar", "split": split, "count": count_of(part, settings, split == "train")}
+        for split, i, part in parts
+    ]
+    train = [row for split, _, part in parts if split == "train" for row in part]
+    if not train:
+        raise Misconfigured("No row of the split `train`: nothing to learn from.")
+    labels = {
+        name: list(data.PATHOLOGIES)
+        if name == "pathology"
+        else sorted({row.labels.get(name) or "" for row in train} - {""})
+        for name in settings.labels
+    }
+    index = {"size": settings.size, "sources": list(settings.sources), "labels": labels, "shards": shards}
+    (out / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
+
+
+class Encoded(NamedTuple):
+    """One sample of a shard."""
+
+    latent: NDArray[np.float16]  # (L, h, w)
+    outline: NDArray[np.float16]  # (OUTLINE, h, w)
+    labels: dict[str, str | None]
+    box: Box | None
+    height: int
+    width: int
+
+
+def read(path: Path) -> list[Encoded]:
+    """All samples of one shard."""
+    found = []
+    stream = webdataset.WebDataset(str(path), shardshuffle=False, empty_check=False, nodesplitter=lambda urls: urls)
+    for one in stream:
+        notes = json.loads(one["json"])
+        latent, outline = (np.load(io.BytesIO(one[name])) for name in ("latent.npy", "outline.npy"))
+        box = Box(*notes["box"]) if notes["box"] else None
+        found.append(Encoded(latent, outline, notes["labels"], box, notes["height"], notes["width"]))
+    return found
+
+
+@dataclass(frozen=True)
+class Index:
+    folder: Path
+    size: int
+    sources: tuple[str, ...]
+    labels: dict[str, tuple[str, ...]]
+    shards: tuple[tuple[str, str, int], ...]  # split, name, count
+
+    def of(self, split: str) -> list[tuple[Path, int]]:
+        return [(self.folder / name, count) for s, name, count in self.shards if s == split]
+
+
+def read_index(folder: Path) -> Index:
+    try:
+        document = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise Misconfigured(f"No shards in {folder}: {INDEX} cannot be read ({error.strerror}).") from error
+    shards = tuple((s["split"], s["name"], s["count"]) for s in document["shards"])
+    labels = {name: tuple(words) for name, words in document["labels"].items()}
+    return Index(folder, document["size"], tuple(document["sources"]), labels, shards)

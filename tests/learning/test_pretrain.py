@@ -1,0 +1,253 @@
+"""The recipes that make a generator, at a size that takes seconds."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from busgen_cds.errors import Misconfigured
+from busgen_cds.learning import conditions, networks, processes, questions
+from busgen_cds.learning.conditions import Vocabulary
+from busgen_cds.learning.generator import Generator, Sampling
+from busgen_cds.learning.recipes import autoencode, encode, pretrain
+from tests.learning.generators import CODER, NETWORKS, SIZE, data_folder
+
+CODING = autoencode.Settings(
+    sources=("painted",), size=SIZE, steps=6, batch=4, adversarial_from=0.5, report_every=3, save_every=2, shape=CODER
+)
+ENCODING = encode.Settings(sources=("painted",), size=SIZE, views=3, normal_views=4, shard=3)
+LEARNING = pretrain.Settings(steps=6, batch=4, report_every=3, save_every=2, held_out=8, shape=NETWORKS["unet"])
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data folder, an autoencoder of six steps, and the shards it encoded."""
+    folder = tmp_path_factory.mktemp("recipes")
+    root = data_folder(folder / "data", patients=18)
+    coder = autoencode.train(root, folder / "ae", CODING)
+    encode.encode(root, coder, folder / "shards", ENCODING)
+    return folder
+
+
+def learn(made: Path, out: Path, settings: pretrain.Settings = LEARNING) -> list[pretrain.Report]:
+    told: list[pretrain.Report] = []
+    pretrain.train(made / "shards", made / "ae" / autoencode.WEIGHTS, out, settings, told.append)
+    return told
+
+
+def test_a_generator_comes_out_of_a_folder_of_images(made: Path, tmp_path: Path) -> None:
+    """Images → autoencoder → shards → flow → a generator that answers, its card naming what it learnt from."""
+    told = learn(made, tmp_path)
+    makes = Generator.load(tmp_path / pretrain.RESULT, device="cpu")
+    assert [report.step for report in told] == [3, 6]
+    assert makes.card.trained_on == ("painted",) and makes.card.vocabulary.names["device"] == ("A", "B")
+    one = makes.sample(pathology="malignant", device="B", sampling=Sampling(steps=2))[0]
+    assert one.image.shape == one.mask.shape
+
+
+def test_a_killed_autoencoder_run_goes_on_as_if_nothing_had_been(made: Path, tmp_path: Path) -> None:
+    """Stopped half-way and resumed, the autoencoder's weights are those of an unbroken run, to the bit."""
+
+    def stop(report: autoencode.Report) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        autoencode.train(made / "data", tmp_path, CODING, tell=stop)
+    autoencode.train(made / "data", tmp_path, CODING)
+    broken, whole = (autoencode.read_coder(f / autoencode.WEIGHTS) for f in (tmp_path, made / "ae"))
+    assert all(
+        torch.equal(a, b) for a, b in zip(broken.state_dict().values(), whole.state_dict().values(), strict=True)
+    )
+
+
+def test_a_killed_flow_run_goes_on_to_the_same_loss(made: Path, tmp_path: Path) -> None:
+    """Stopped after its first report and resumed, a run ends with the same held-out loss, to the bit."""
+    whole = learn(made, tmp_path / "whole")
+
+    def stop(report: pretrain.Report) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pretrain.train(made / "shards", made / "ae" / autoencode.WEIGHTS, tmp_path / "broken", LEARNING, stop)
+    again = learn(made, tmp_path / "broken")
+    assert again[-1].held_out == whole[-1].held_out
+
+
+@pytest.mark.slow
+def test_two_processes_resume_to_the_same_loss(made: Path, tmp_path: Path) -> None:
+    """Two processes train together; killed by a real signal and started again, they end with the same loss."""
+    whole = together(made, tmp_path / "whole", kill_at=0)
+    assert together(made, tmp_path / "broken", kill_at=3) is None
+    assert together(made, tmp_path / "broken", kill_at=0) == whole
+    both = [json.loads((tmp_path / "whole" / f"seen-{rank}.json").read_text()) for rank in (0, 1)]
+    assert both[0] and both[1] and not set(both[0]) & set(both[1])  # in one epoch no shard is read twice
+
+
+PROGRAM = """
+import json, os, signal, sys
+from pathlib import Path
+from busgen_cds.learning.recipes import encode, pretrain
+from tests.learning.test_pretrain import LEARNING
+made, out, kill_at = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+seen, read, step = [], encode.read, pretrain.step
+def reading(path):
+    if "train" in path.name: seen.append(path.name)
+    return read(path)
+def stepping(run, *rest):
+    if kill_at and run.step == kill_at: os.kill(os.getpid(), signal.SIGKILL)
+    return step(run, *rest)
+encode.read, pretrain.step = reading, stepping
+told = []
+pretrain.train(made / "shards", made / "ae" / "autoencoder.safetensors", out, LEARNING, told.append)
+rank = os.environ["RANK"]
+(out / f"seen-{rank}.json").write_text(json.dumps(seen[:1]))
+if rank == "0": (out / "loss.json").write_text(json.dumps(told[-1].held_out))
+"""
+
+
+def together(made: Path, out: Path, kill_at: int) -> float | None:
+    program = out.parent / "program.py"
+    program.write_text(PROGRAM)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    arguments = [str(program), str(made), str(out), str(kill_at)]
+    ended = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=200)
+    assert (ended.returncode == 0) == (kill_at == 0), ended.stderr[-2000:]
+    return None if kill_at else float(json.loads((out / "loss.json").read_text()))
+
+
+def test_a_step_on_a_fixed_seed_has_a_fixed_loss(made: Path, tmp_path: Path) -> None:
+    """The same settings give the same losses; another seed gives others."""
+    one, other = learn(made, tmp_path / "a"), learn(made, tmp_path / "b")
+    assert [r.loss for r in one] == [r.loss for r in other]
+    assert learn(made, tmp_path / "c", pretrain.Settings(**{**vars(LEARNING), "seed": 1}))[0].loss != one[0].loss
+
+
+def test_a_run_keeps_its_settings(made: Path, tmp_path: Path) -> None:
+    """A folder of a run is not gone on with under other settings; the change is named."""
+    learn(made, tmp_path)
+    with pytest.raises(Misconfigured, match="rate"):
+        learn(made, tmp_path, pretrain.Settings(**{**vars(LEARNING), "rate": 1e-5}))
+
+
+def test_training_stops_when_held_out_images_gain_nothing(made: Path, tmp_path: Path) -> None:
+    """With a rate of zero nothing is gained, and the run ends after `patience` reports."""
+    still = pretrain.Settings(**{**vars(LEARNING), "rate": 0.0, "steps": 30, "patience": 2})
+    assert [report.step for report in learn(made, tmp_path, still)] == [3, 6, 9]
+
+
+# Shards
+
+
+def test_shards_hold_every_view_and_nobody_s_name(made: Path) -> None:
+    """Every training image has its views; no patient, source file or date is in a shard or its index."""
+    index = encode.read_index(made / "shards")
+    images = [image for path, count in index.of("train") for image in encode.read(path)]
+    assert len(images) == sum(count for _, count in index.of("train")) == 8 * 3 + 4 * 4
+    assert images[0].latent.shape == (8, 8, 8) and images[0].outline.shape == (4, 8, 8)
+    everything = b"".join(path.read_bytes() for path in (made / "shards").iterdir())
+    assert b"images/" not in everything and b"p1" not in everything
+
+
+def test_encoding_goes_on_with_what_is_missing(made: Path, tmp_path: Path) -> None:
+    """A second call writes only the shards that are not there, and they are the same bytes."""
+    target = tmp_path / "shards"
+    coder = made / "ae" / autoencode.WEIGHTS
+    encode.encode(made / "data", coder, target, ENCODING)
+    first = {path.name: path.read_bytes() for path in target.iterdir()}
+    kept = (target / "train-000001.tar").stat().st_mtime_ns
+    (target / "train-000000.tar").unlink()
+    encode.encode(made / "data", coder, target, ENCODING)
+    assert {path.name: path.read_bytes() for path in target.iterdir()} == first
+    assert (target / "train-000001.tar").stat().st_mtime_ns == kept
+
+
+def test_every_image_is_seen_once_in_an_epoch(made: Path) -> None:
+    """Two processes share an epoch without gap or repeat, and any step can be begun at."""
+    shards = encode.read_index(made / "shards").of("train")
+    total = sum(count for _, count in shards)
+    seen = []
+    for rank in (0, 1):
+        order = pretrain.Stream(shards, 0, processes.Team(rank, 2), 4)._order(0)
+        mine = sum(count for i, (_, count) in enumerate(shards))
+        taken = 0
+        for path, chosen in order:
+            if taken + len(chosen) > mine or (rank, path) in seen:
+                break
+            seen.append((rank, path))
+            taken += len(chosen)
+            if len([1 for r, _ in seen if r == rank]) == len(np.arange(len(shards))[rank::2]):
+                break
+    assert len({path for _, path in seen}) == len(shards) and total > 0
+    stream = pretrain.Stream(shards, 0, processes.Team(), 4)
+    batches = stream.batches(0)
+    third = [next(batches) for _ in range(3)][2]
+    again = next(pretrain.Stream(shards, 0, processes.Team(), 4).batches(2))
+    assert all(np.array_equal(a.latent, b.latent) for a, b in zip(third, again, strict=True))
+
+
+def test_image_and_mask_are_mirrored_by_one_coin() -> None:
+    """A mirrored view mirrors image and outline together, within the region, and never upside down."""
+    rng = np.random.default_rng(0)
+    place = conditions.placement(1.3, 64)
+    image, mask = np.zeros((2, 64, 64), np.uint8)
+    region = slice(place.left, place.left + place.columns)
+    image[:, region] = rng.integers(0, 255, (64, place.columns))
+    mask[20:40, place.left + 3 : place.left + 13] = 255
+    turned = encode._mirrored(encode.View(image, mask, place))
+    assert np.array_equal(turned.image[:, region], image[:, region][:, ::-1])
+    assert np.array_equal(turned.mask[:, region], mask[:, region][:, ::-1])
+    assert not turned.image[:, : place.left].any()
+
+
+def test_a_close_up_keeps_the_lesion() -> None:
+    """However close, a close-up never cuts a lesion."""
+    mask = np.zeros((200, 150), np.uint8)
+    mask[120:190, 10:140] = 255
+    for seed in range(50):
+        top, bottom, left, right = encode._frame(mask, 0.3, np.random.default_rng(seed))
+        assert top <= 120 and bottom >= 190 and left <= 10 and right >= 140
+        assert bottom <= 200 and right <= 150
+
+
+# Questions
+
+
+def test_what_is_told_is_not_asked(made: Path) -> None:
+    """A question's loss looks only at what was not told, and labels are left out independently."""
+    index = encode.read_index(made / "shards")
+    images = [image for path, _ in index.of("train") for image in encode.read(path)] * 12
+    odds = questions.Odds(drop=0.5, drop_all=0.0)
+    question = questions.ask(images, Vocabulary(index.labels), SIZE, odds, torch.Generator().manual_seed(0))
+    known = 1 - question.weight
+    assert torch.equal(question.given.data, question.data * known)
+    kinds = {tuple(k) for k in torch.stack([known[:, 0].amax((1, 2)), known[:, -1].amin((1, 2))], 1).tolist()}
+    assert kinds == {(0.0, 0.0), (0.0, 1.0), (1.0, 1.0), (1.0, 0.0)}
+    labels = question.given.labels
+    said = labels[:, 0] > 0
+    assert 0.35 < said.float().mean() < 0.65
+    assert 0.3 < (labels[said, 2] > 0).float().mean() < 0.7  # the device does not follow the pathology's coin
+
+
+def test_the_hole_holds_the_lesion(made: Path) -> None:
+    """Where surroundings are known, no cell that the lesion's box touches is."""
+    index = encode.read_index(made / "shards")
+    images = [i for path, _ in index.of("train") for i in encode.read(path) if i.box]
+    odds = questions.Odds(propose=1.0, paint=0.0, outline=0.0, box=1.0, drop_all=0.0)
+    question = questions.ask(images, Vocabulary(index.labels), SIZE, odds, torch.Generator().manual_seed(0))
+    assert not (question.given.where * (question.given.box > 0)).any()
+    assert question.given.where.any()
+
+
+def test_the_transformer_learns_by_the_same_recipe(made: Path, tmp_path: Path) -> None:
+    """The transformer is a setting, not another recipe."""
+    settings = pretrain.Settings(**{**vars(LEARNING), "shape": NETWORKS["transformer"], "steps": 3})
+    assert learn(made, tmp_path, settings)[-1].step == 3
+    assert isinstance(Generator.load(tmp_path / pretrain.RESULT, device="cpu").network, networks.Transformer)
