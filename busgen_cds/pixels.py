@@ -99,17 +99,31 @@ def suppress_marks(image: Plane) -> Plane:
 
 def resize(image: Plane, rows: int, columns: int) -> Plane:
     """Separable triangle-filter resampling, wide enough when shrinking not to alias."""
-    tall = _weights(image.shape[0], rows) @ image
-    return np.ascontiguousarray(tall @ _weights(image.shape[1], columns).T)
+    tall = _resample(image, rows)
+    return np.ascontiguousarray(_resample(np.ascontiguousarray(tall.T), columns).T)
+
+
+def _resample(image: Plane, new: int) -> Plane:
+    """Along the first axis, tap by tap: a matrix product would differ between machines, and wake all their cores."""
+    sources, weights = _taps(len(image), new)
+    total = np.zeros((new, image.shape[1]), np.float32)
+    for source, weight in zip(sources.T, weights.T, strict=True):
+        total += weight[:, None] * image[source]
+    return total
 
 
 @lru_cache(maxsize=256)
-def _weights(old: int, new: int) -> Plane:
+def _taps(old: int, new: int) -> tuple[NDArray[np.intp], Plane]:
+    """For each new row, the old rows that make it and their weights, each (new, taps)."""
     ratio = old / new
     centres = (np.arange(new) + 0.5) * ratio - 0.5
     distance = np.abs(np.arange(old)[None] - centres[:, None]) / max(ratio, 1)
     weights = np.clip(1 - distance, 0, None)
-    return np.asarray(weights / weights.sum(1, keepdims=True), np.float32)
+    weights /= weights.sum(1, keepdims=True)
+    width = int((weights > 0).sum(1).max())
+    first = np.minimum((weights > 0).argmax(1), old - width)
+    sources = first[:, None] + np.arange(width)
+    return sources, np.asarray(np.take_along_axis(weights, sources, 1), np.float32)
 
 
 def _slide(image: Plane, pick: np.ufunc, radius: int = MARK_RADIUS) -> Plane:
