@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -206,3 +207,68 @@ def _foreign(folder: Path) -> dict[str, NDArray[np.uint8]]:
         pictures = [np.rint(pixels.prepare(frame.tissue)[0][0] * 255).astype(np.uint8) for frame in frames]
         found[str(path.relative_to(folder))] = np.array(pictures, np.uint8).reshape(-1, pixels.SIZE, pixels.SIZE)
     return found
+
+
+# The generator
+
+
+@app.command()
+def pretrain(
+    out: Annotated[Path, typer.Option(help="Folder of the run; an unfinished run there goes on.")],
+    data: Data = None,
+    sources: Annotated[str, typer.Option(help="Comma-separated sources of the manifest.")] = "busbra,busi",
+    preset: Annotated[str, typer.Option(help="cpu (128 px) or gpu (256 px).")] = "cpu",
+    init: Annotated[Path | None, typer.Option(help="ImageNet encoder (npz) for the perceptual loss.")] = None,
+    network: Annotated[str, typer.Option(help="unet or transformer.")] = "unet",
+    seed: int = 0,
+    coder_steps: Annotated[int | None, typer.Option(help="Steps of the autoencoder.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of the flow.")] = None,
+    coder: Annotated[Path | None, typer.Option(help="A finished autoencoder, instead of training one.")] = None,
+    shards: Annotated[Path | None, typer.Option(help="Shards encoded before, instead of encoding.")] = None,
+    threads: int = 0,
+    cache: Cache = Path("runs/cache"),
+) -> None:
+    """Train the generator: autoencoder, shards of latents, flow; each part resumes where it was stopped.
+
+    `torchrun --nproc-per-node N -m busgen_cds pretrain …` spreads it over N devices.
+    """
+    import torch
+
+    from busgen_cds.learning import networks
+    from busgen_cds.learning.recipes import autoencode, encode
+    from busgen_cds.learning.recipes import pretrain as recipe
+
+    if threads:
+        torch.set_num_threads(threads)
+    named = {"sources": tuple(sources.split(",")), "seed": seed}
+    coding = autoencode.Settings(
+        **autoencode.PRESETS[preset] | named | ({"steps": coder_steps} if coder_steps else {})
+    )
+    learning = recipe.Settings(**recipe.PRESETS[preset] | {"seed": seed} | ({"steps": steps} if steps else {}))
+    if network not in networks.KINDS:
+        raise typer.BadParameter(f"network is one of {', '.join(networks.KINDS)}")
+    learning = dataclasses.replace(learning, shape=dataclasses.replace(learning.shape, kind=network))  # type: ignore[arg-type]
+    if coder is None:
+        coder = autoencode.train(_root(data), out, coding, init, cache, _steps("autoencoder", coding.steps))
+    if shards is None:
+        shards = out / "shards"
+        if not (shards / encode.INDEX).exists():
+            parts = encode.Settings(sources=coding.sources, size=coding.size, seed=seed)
+            encode.encode(_root(data), coder, shards, parts, tell=_parts("shards"))
+    made = recipe.train(shards, coder, out, learning, _steps("flow", learning.steps))
+    console.print(f"Trained: {made}")
+
+
+def _steps(what: str, total: int) -> Callable[[Any], None]:
+    """A line per report: where it stands, its figures, and when it will be done."""
+
+    def tell(report: Any) -> None:
+        figures = {k: v for k, v in vars(report).items() if k not in ("step", "images_per_second")}
+        said = "  ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in figures.items())
+        console.print(f"{what} {report.step}/{total}  {said}  {report.images_per_second:.0f} images/s")
+
+    return tell
+
+
+def _parts(what: str) -> Callable[[int, int], None]:
+    return lambda done, total: console.print(f"{what} {done}/{total}")
