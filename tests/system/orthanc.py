@@ -10,9 +10,11 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import signal
+import socket
 import subprocess
 import time
 import urllib.error
@@ -30,6 +32,9 @@ PYTHON = PLUGINS / "libOrthancPython.so"
 DICOMWEB = PLUGINS / "libOrthancDicomWeb.so"
 
 
+PLUGIN = Path(__file__).parents[2] / "orthanc_plugin" / "busgen_cds_routing.py"
+
+
 class Orthanc:
     """One Orthanc process and its REST API."""
 
@@ -42,6 +47,7 @@ class Orthanc:
         self.url = f"http://127.0.0.1:{self.http_port}"
         self.log = folder / "orthanc.log"
         self._process: subprocess.Popen[bytes] | None = None
+        self._account: dict[str, str] = {}
         self.settings = _settings(folder, ae_title, self.dicom_port, self.http_port, script) | settings
 
     def start(self) -> None:
@@ -77,11 +83,15 @@ class Orthanc:
         finally:
             self._process = None
 
+    def log_in(self, user: str, password: str) -> None:
+        self._account = {"Authorization": "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()}
+
     def _answers(self) -> bool:
         if self._process is None or self._process.poll() is not None:
             raise AssertionError(f"Orthanc ended: {self.log.read_text(errors='replace')[-2000:]}")
         try:
-            return bool(self.get("/system"))
+            with socket.create_connection(("127.0.0.1", self.http_port), timeout=1):
+                return True
         except OSError:
             return False
 
@@ -99,7 +109,7 @@ class Orthanc:
         self.request("DELETE", path)
 
     def request(self, method: str, path: str, body: bytes | None = None, **headers: str) -> bytes:
-        asked = urllib.request.Request(self.url + path, data=body, method=method, headers=headers)
+        asked = urllib.request.Request(self.url + path, data=body, method=method, headers=self._account | headers)
         try:
             with urllib.request.urlopen(asked, timeout=60) as answer:
                 return bytes(answer.read())
@@ -140,13 +150,13 @@ class Orthanc:
 
 @contextmanager
 def running(folder: Path, **arguments: Any) -> Iterator[Orthanc]:
-    """A started Orthanc that is stopped at the end, whatever the test did with it in between."""
+    """A started Orthanc that is gone at the end, whatever the test did with it in between."""
     pacs = Orthanc(folder, **arguments)
     try:
         pacs.start()
         yield pacs
     finally:
-        pacs.stop()
+        pacs.kill()
 
 
 def wait_for(true: Callable[[], Any], seconds: float, otherwise: str) -> Any:

@@ -1,0 +1,68 @@
+"""What the badge says of a study, read from the marks, the jobs and our own reports in Orthanc."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from busgen_cds.result import Result
+from busgen_cds.study import Study
+from tests import images
+from tests.dicom import answers
+from tests.orthanc_plugin.clinic import Clinic, opened
+
+pytestmark = pytest.mark.program
+
+
+@pytest.fixture(scope="module")
+def clinic(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    with opened(tmp_path_factory.mktemp("badge"), BusgenCds={"Viewer": "http://viewer.example"}) as started:
+        yield started
+
+
+def two(study: Study) -> Result:
+    frame = study.frames[0]
+    return answers.assessed(study, answers.finding(frame, "4C", probability=0.8), answers.finding(frame, "4A"))
+
+
+@pytest.mark.parametrize(
+    ("seed", "answer", "says"),
+    [
+        (1, lambda study: answers.assessed(study, answers.finding(study.frames[0])), "AI: 4B, delivered "),
+        (2, two, "AI: 4C, delivered "),
+        (3, lambda study: answers.assessed(study), "AI: no lesion found, delivered "),
+        (4, lambda study: answers.declined(study, "Doppler only"), "AI: NOT ANALYSED: Doppler only, delivered "),
+    ],
+    ids=["one finding", "two findings", "no finding", "declined"],
+)
+def test_badge_says_the_answer(clinic: Clinic, seed: int, answer: Any, says: str) -> None:
+    """The badge says the most suspicious category of our newest report, or why there is none, and when it came."""
+    study = answers.breast(1, seed=seed)
+    identifier = clinic.takes(images.breast_study(1, seed=seed))
+    clinic.is_sent(identifier, images=1)
+    clinic.is_answered(study, answer(study))
+    badge = clinic.shows(identifier, says)
+    assert badge["state"] == "delivered"
+    assert badge["text"].removeprefix(says)[2] == ":", badge["text"]
+    assert badge["viewer"] == "http://viewer.example"
+
+
+def test_newer_revision_is_what_counts(clinic: Clinic) -> None:
+    """When a second revision has come, the badge says the second, also when it is the less suspicious one."""
+    study = answers.breast(1, seed=20)
+    identifier = clinic.takes(images.breast_study(1, seed=20))
+    clinic.is_answered(study, answers.assessed(study, answers.finding(study.frames[0], "4C", probability=0.7)))
+    clinic.shows(identifier, "AI: 4C")
+    clinic.is_answered(
+        study, answers.revised(answers.assessed(study, answers.finding(study.frames[0], "4A", probability=0.05)))
+    )
+    assert clinic.shows(identifier, "AI: 4A")["answer"]["series_number"] > 901
+
+
+def test_unknown_study_is_said(clinic: Clinic) -> None:
+    """A badge for a study that Orthanc does not have is an error 404, and other verbs are refused."""
+    with pytest.raises(AssertionError, match="404"):
+        clinic.pacs.get("/busgen-cds/studies/none")
+    with pytest.raises(AssertionError, match="405"):
+        clinic.pacs.request("DELETE", "/busgen-cds/studies/none")
