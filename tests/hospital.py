@@ -31,6 +31,7 @@ from pydicom.dataset import Dataset
 from pynetdicom import AE, evt
 from pynetdicom.presentation import build_context
 
+from busgen_cds.arrival import Arrival, Peek
 from busgen_cds.dicom import intake, objects
 from busgen_cds.dicom.association import CommitmentReport, CommitmentRequest, Desk, Rules
 from busgen_cds.dicom.listener import Listener, ListenerConfig
@@ -212,14 +213,15 @@ class Hospital:
         self.pacs.comes_up()
         self.worker_starts()
         assert self.worker is not None
-        desk = self.worker.desk
         self.listener = Listener(
             ListenerConfig(rules=Rules(), host="127.0.0.1", port=0, processes=0),
             lambda: Desk(
-                receive=self.site.inbox.receive, arrived=desk.arrived,
-                association_closed=desk.association_closed, commitment=_commits_nothing,
+                receive=self.site.inbox.receive,
+                arrived=lambda study_ref: self.desk.arrived(study_ref),
+                association_closed=lambda study_refs: self.desk.association_closed(study_refs),
+                commitment=_commits_nothing,
             ),
-        )  # fmt: skip
+        )
         self.listener.start()
         self.scanner = Scanner(self.listener.port)
 
@@ -248,17 +250,44 @@ class Hospital:
         self.worker.stop()
         self.worker_starts()
 
-    def settles(self, seconds: float = 20) -> None:
+    def settles(self, seconds: float = 60) -> None:
         """Until every study is read, parked or held, and every delivery done, parked or withdrawn."""
-        self.waits_until(lambda: not self.unsettled(), seconds, f"still waiting: {self.unsettled()}")
+        try:
+            self.waits_until(lambda: not self.unsettled(), seconds)
+        except AssertionError:
+            workflows = [f"{w.workflow_id} {w.status}" for w in self.desk.client.list_workflows(load_input=False)]
+            raise AssertionError(f"still waiting: {self.unsettled()}; workflows: {workflows}") from None
 
-    def waits_until(self, true: Callable[[], Any], seconds: float = 20, otherwise: str = "it did not happen") -> Any:
+    def waits_until(self, true: Callable[[], Any], seconds: float = 60, otherwise: str = "it did not happen") -> Any:
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             if answer := true():
                 return answer
             time.sleep(0.03)
         raise AssertionError(f"{otherwise} (waited {seconds:g} s)")
+
+    def stays_unread(self, study_uid: str, *, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            assert study_uid not in self.reader.reads, "it was read too early"
+            time.sleep(0.05)
+
+    def scanner_without_a_bell_sends(self, files: Sequence[bytes]) -> str:
+        """Received and acknowledged, and then the power fails before anybody was told."""
+        for data in files:
+            header = opened_file(data)
+            arrival = Arrival("US_ROOM_1", "127.0.0.1", str(header.SOPClassUID), str(header.SOPInstanceUID), "")
+            peeked = Peek(
+                str(header.StudyInstanceUID), str(header.SeriesInstanceUID), str(header.SOPClassUID),
+                str(header.SOPInstanceUID), str(header.PatientID),
+            )  # fmt: skip
+            self.site.inbox.keep(arrival, peeked, [data])
+        return study_uid(files)
+
+    @property
+    def desk(self) -> Any:
+        assert self.worker is not None
+        return self.worker.desk
 
     # -- what is the case
 
@@ -283,7 +312,8 @@ class Hospital:
         return shown
 
     def reports(self, study_uid: str, at: Pacs | None = None) -> list[Dataset]:
-        return (at or self.pacs).of(study_uid, modality="SR")
+        """The reports of a study that a PACS holds, the newest revision last."""
+        return sorted((at or self.pacs).of(study_uid, modality="SR"), key=lambda report: int(report.SeriesNumber))
 
     def parked(self, study_uid: str) -> str:
         """Why this study does not go on."""
@@ -320,6 +350,22 @@ def a_lesion(n: int = 2, **image: Any) -> list[bytes]:
 
 def opened_file(data: bytes) -> Dataset:
     return pydicom.dcmread(io.BytesIO(data), stop_before_pixels=True)
+
+
+def study_uid(files: Sequence[bytes]) -> str:
+    return str(opened_file(files[0]).StudyInstanceUID)
+
+
+def words(report: Dataset) -> str:
+    """All that a report says in text."""
+    return " ".join(str(element.value) for element in report.iterall() if element.keyword == "TextValue")
+
+
+def with_pixels_cut(data: bytes) -> bytes:
+    """An image whose pixel data are shorter than its header promises; the file itself holds together."""
+    dataset = pydicom.dcmread(io.BytesIO(data))
+    dataset.PixelData = dataset.PixelData[: len(dataset.PixelData) // 4 * 2]
+    return images.part10(dataset)
 
 
 def quicker(**waits: float) -> Waits:

@@ -37,6 +37,7 @@ class Pacs:
         self.stored_at: dict[str, float] = {}
         self.refuses: set[str] = set()  # SOP class UIDs
         self.full = False
+        self.knows: list[str] = []  # calling AE titles; empty: everybody
         self.patients: dict[str, str] = {}  # Study Instance UID → patient id
         self.counts: dict[str, int] = {}  # Study Instance UID → ultrasound images it says it holds
         self.commits: bool | None = True  # None: takes the request and says nothing
@@ -53,6 +54,7 @@ class Pacs:
     def comes_up(self) -> Pacs:
         entity = AE(ae_title=self.ae_title)
         entity.maximum_associations = 50
+        entity.require_calling_aet = self.knows
         for context in AllStoragePresentationContexts:
             if context.abstract_syntax not in self.refuses:
                 entity.add_supported_context(context.abstract_syntax, ALL_TRANSFER_SYNTAXES)

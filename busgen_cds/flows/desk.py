@@ -18,6 +18,7 @@ import sqlalchemy as sa
 from dbos import DBOS, DBOSClient, DebouncerClient
 
 from busgen_cds.flows.services import Waits
+from busgen_cds.store.inbox import Inbox
 from busgen_cds.store.jobs import Jobs
 from busgen_cds.store.results import Delivery, Results
 
@@ -137,6 +138,17 @@ class Desk:
             self.deliver(delivery)
             taken.append(f"delivery to {delivery.destination}")
         return taken
+
+    def release(self, inbox: Inbox, study_ref: str, *, who: str) -> None:
+        """Let a held study go on: it is read if it was not, and what waits for it is sent."""
+        inbox.release(study_ref, who)
+        for delivery in self.results.retry(study_ref, who=who):
+            self.deliver(delivery)
+        self.arrived(study_ref, 0.0)
+
+    def resume(self, *, who: str) -> bool:
+        """Use the engine again, after what stopped it was put right; the next sweep puts to work what was left."""
+        return self.jobs.resume_engine(who=who)
 
     def resend(self, result_ref: str, *, who: str, destination: str | None = None) -> list[str]:
         """Send a result's objects again, byte for byte."""

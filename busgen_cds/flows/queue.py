@@ -34,7 +34,7 @@ class Item:
 
 
 def items(inbox: Inbox, results: Results, jobs: Jobs, *, now: datetime) -> list[Item]:
-    """Stuck first, then what waits, each oldest first."""
+    """Stuck first (the engine before all), then what waits, each oldest first."""
     found = [
         *_engine(jobs),
         *_studies(inbox, results, jobs, now),
@@ -43,7 +43,7 @@ def items(inbox: Inbox, results: Results, jobs: Jobs, *, now: datetime) -> list[
         *_instances(inbox),
         *_alarms(results),
     ]
-    return sorted(found, key=lambda item: (not item.stuck, item.since or now))
+    return sorted(found, key=lambda item: (not item.stuck, item.what != "engine", item.since or now))
 
 
 def _engine(jobs: Jobs) -> list[Item]:

@@ -119,10 +119,10 @@ def _gather_and_keep(services: Services, study_ref: str, digest: str) -> str:
     now_there = digest_of(instances, services.results)
     known = services.results.current(study_ref)
     if held:
-        services.jobs.drop(study_ref, digest)
+        services.jobs.drop(study_ref, digest, now_there)
         return "held"
     if known and known.evidence_digest == now_there:
-        services.jobs.drop(study_ref, now_there)
+        services.jobs.drop(study_ref, digest, now_there)
         return "kept"
     if services.jobs.engine_stopped() is not None:
         return "engine stopped"
@@ -145,7 +145,7 @@ def _gather_and_keep(services: Services, study_ref: str, digest: str) -> str:
         bundle_digest=result.bundle.digest,
         addressees=_addressees(services, result, rendered, replaced),
         accession_number=study.header.accession_number,
-        session_also=lambda session: services.jobs.done(session, study_ref, digest),
+        session_also=lambda session: services.jobs.done(session, study_ref, digest, now_there),
     )
     return "kept"
 
@@ -168,7 +168,7 @@ def _keep_refusal(
         instances=instances,
         revision=revision,
         bundle_digest="",
-        session_also=lambda session: services.jobs.done(session, study_ref, digest),
+        session_also=lambda session: services.jobs.done(session, study_ref, digest, now_there),
     )
     return "kept"
 

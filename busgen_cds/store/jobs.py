@@ -104,14 +104,14 @@ class Jobs:
             audit.record(session, audit.Act("study taken up again", who, "", study_ref), at=self._clock())
         return self.another_attempt(job)
 
-    def done(self, session: Session, study_ref: str, evidence_digest: str) -> None:
-        """In the transaction that keeps the result."""
-        mine = (_jobs.c.study_ref == study_ref) & (_jobs.c.evidence_digest == evidence_digest)
+    def done(self, session: Session, study_ref: str, *evidence_digests: str) -> None:
+        """In the transaction that keeps the result: the evidence asked for, and the evidence that was there by then."""
+        mine = (_jobs.c.study_ref == study_ref) & _jobs.c.evidence_digest.in_(evidence_digests)
         session.execute(sa.delete(_jobs).where(mine))
 
-    def drop(self, study_ref: str, evidence_digest: str) -> None:
+    def drop(self, study_ref: str, *evidence_digests: str) -> None:
         with self._database.transaction() as session:
-            self.done(session, study_ref, evidence_digest)
+            self.done(session, study_ref, *evidence_digests)
 
     def of(self, study_ref: str) -> Job | None:
         with self._database.reading() as session:

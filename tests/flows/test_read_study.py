@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
+from busgen_cds.errors import Misconfigured, Transient, Untrusted
+from busgen_cds.flows import queue
+from busgen_cds.flows.services import Destination
 from tests import hospital
-from tests.hospital import a_lesion
+from tests.hospital import Hospital, a_lesion
 
 
 def test_a_study_comes_in_a_result_goes_out(tmp_path: Path) -> None:
@@ -16,3 +21,235 @@ def test_a_study_comes_in_a_result_goes_out(tmp_path: Path) -> None:
         assert it.reader.reads == [study]
         assert {each.Modality for each in it.pacs.of(study)} == {"SR", "OT", "SEG", "PR"}
         assert it.result(study).entry.birads == "4C"
+        assert waiting(it) == []
+
+
+def test_the_same_images_again_change_nothing(tmp_path: Path) -> None:
+    """The same evidence is read once, and gives the same objects with the same bytes, however often it is sent."""
+    with hospital.opened(tmp_path) as it:
+        study = it.scanner.sends(a_lesion(2))
+        it.settles()
+        it.scanner.sends(a_lesion(2))
+        it.settles()
+        assert it.reader.reads == [study]
+        assert it.result(study).entry.revision == 1
+        assert all(len(versions) == 1 for versions in it.pacs.objects.values())
+
+
+def test_a_late_image_supersedes_loudly(tmp_path: Path) -> None:
+    """Rule 7: a late image makes a revision that names what it replaces, raises the series number, rejects the old
+    objects where the PACS takes that, and sounds an alarm when the category falls."""
+    with hospital.opened(tmp_path, prepare=_takes_rejection_notes) as it:
+        study = it.scanner.sends(a_lesion(2))
+        it.settles()
+        it.reader.says = "3"
+        it.scanner.sends(a_lesion(3)[2:])
+        it.settles()
+        first, second = it.reports(study)
+        assert second.PredecessorDocumentsSequence
+        assert "REV 2" in second.SeriesDescription
+        note = next(each for each in it.pacs.of(study) if each.Modality == "KO")
+        assert first.SOPInstanceUID in str(note)
+        assert it.result(study).entry.alarm == (
+            "Revision 1 said category 4C; the one that replaces it says category 3."
+        )
+        assert it.acts("category fell") == 1
+        assert [item.state for item in waiting(it)] == ["alarm"]
+
+
+def test_declined_is_delivered_and_supersedes(tmp_path: Path) -> None:
+    """Rule 4: a declined study is delivered with its reason, and supersedes an older result."""
+    with hospital.opened(tmp_path) as it:
+        study = it.scanner.sends(a_lesion(1))
+        it.settles()
+        it.reader.declines = "unlike anything seen in training"
+        it.scanner.sends(a_lesion(2)[1:])
+        it.settles()
+        shown = it.result(study)
+        assert (shown.entry.outcome, shown.entry.revision) == ("declined", 2)
+        assert shown.entry.alarm.endswith("says not analysed.")
+        assert len(it.reports(study)) == 2
+        assert "unlike anything seen in training" in hospital.words(it.reports(study)[-1])
+
+
+def test_not_for_us_is_an_answer(tmp_path: Path) -> None:
+    """What cannot be read is kept with its reason, shown, and nothing is sent."""
+    with hospital.opened(tmp_path) as it:
+        study = it.scanner.sends(a_lesion(1, doppler="all"))
+        it.settles()
+        shown = it.result(study)
+        assert shown.entry.outcome == "not-for-us"
+        assert "Doppler" in shown.entry.reason
+        assert it.reader.reads == []
+        assert not it.pacs.objects
+
+
+def test_our_own_objects_coming_back(tmp_path: Path) -> None:
+    """Results that a PACS sends back to us ask for no new answer, or each would ask for another."""
+    with hospital.opened(tmp_path) as it:
+        study = it.scanner.sends(a_lesion(1))
+        it.settles()
+        report = next(each for each in it.result(study).objects if each.kind == "sr")
+        it.scanner.sends([report.data])
+        it.settles()
+        assert it.reader.reads == [study]
+        assert it.result(study).entry.revision == 1
+
+
+def test_two_patients_under_one_study(tmp_path: Path) -> None:
+    """Rule 8: two patient ids under one study: all is kept, the study is held, nothing is read or sent."""
+    with hospital.opened(tmp_path) as it:
+        study = it.scanner.sends([*a_lesion(1, patient_id="A"), *a_lesion(2, patient_id="B")[1:]])
+        item = it.waits_until(lambda: [one for one in waiting(it) if one.state == "held"])[0]
+        it.settles()
+        assert "Two patient ids" in item.reason
+        assert item.verb == "release"
+        assert len(it.site.inbox.instances(it.ref(study))) == 2
+        assert it.reader.reads == []
+        assert not it.pacs.objects
+
+
+def test_complete_by_the_count_of_the_pacs(tmp_path: Path) -> None:
+    """Where the PACS can be asked, a study waits for the images that it counts and we lack: one reading, not two."""
+    with hospital.opened(tmp_path, prepare=_asks_the_pacs) as it:
+        lesion = a_lesion(3)
+        it.pacs.counts[hospital.study_uid(lesion)] = 3
+        study = it.scanner.sends(lesion[:2])
+        it.stays_unread(study, seconds=1.0)
+        it.scanner.sends(lesion[2:])
+        it.settles()
+        assert it.reader.reads == [study]
+        assert it.result(study).entry.images_read == 3
+
+
+def test_a_count_that_is_never_reached(tmp_path: Path) -> None:
+    """A PACS that counts images we never get delays the reading, and does not prevent it."""
+    with hospital.opened(tmp_path, prepare=_asks_the_pacs, waits=hospital.quicker(count=0.5)) as it:
+        lesion = a_lesion(2)
+        it.pacs.counts[hospital.study_uid(lesion)] = 9
+        study = it.scanner.sends(lesion)
+        it.settles()
+        assert it.reader.reads == [study]
+
+
+def test_a_closed_association_needs_less_silence(tmp_path: Path) -> None:
+    """While the association is open the whole silence is waited for; once it is closed, less is enough."""
+    with hospital.opened(tmp_path, waits=hospital.quicker(silence=60, after_close=0.2)) as it:
+        lesion = a_lesion(2)
+        with it.scanner.association(lesion) as association:
+            study = it.scanner.sends_one(association, lesion[0])
+            it.stays_unread(study, seconds=1.0)
+            it.scanner.sends_one(association, lesion[1])
+        it.settles(10)
+        assert it.reader.reads == [study]
+
+
+def test_what_fails_for_a_while_is_tried_again(tmp_path: Path) -> None:
+    """A transient failure of reading is retried with a growing delay; nobody needs to do anything."""
+    with hospital.opened(tmp_path) as it:
+        it.reader.fails = [Transient("the disk is busy"), Transient("the disk is busy")]
+        study = it.scanner.sends(a_lesion(1))
+        it.settles()
+        assert len(it.reader.reads) == 3
+        assert len(it.reports(study)) == 1
+
+
+def test_what_is_misconfigured_is_parked(tmp_path: Path) -> None:
+    """A wrong setting parks the study and names the setting; once it is right, `retry` takes the study on."""
+    with hospital.opened(tmp_path) as it:
+        it.reader.fails = [Misconfigured("Set site.prevalence.")]
+        study = it.scanner.sends(a_lesion(1))
+        it.settles()
+        assert it.parked(study) == "Set site.prevalence."
+        assert [(item.state, item.verb) for item in waiting(it)] == [("parked", "retry")]
+        assert it.desk.retry(it.ref(study), who="operator") == ["reading"]
+        it.settles()
+        assert len(it.reports(study)) == 1
+
+
+def test_a_fault_of_ours_is_parked_without_its_words(tmp_path: Path) -> None:
+    """An unforeseen exception parks the study, says where it was raised, and repeats nothing that it says."""
+    with hospital.opened(tmp_path) as it:
+        it.reader.fails = [KeyError("Doe^Jane")]
+        study = it.scanner.sends(a_lesion(1))
+        it.settles()
+        assert "A fault of ours" in it.parked(study)
+        assert "Doe" not in it.parked(study)
+        assert b"Doe" not in (tmp_path / "workflows.sqlite").read_bytes()
+        it.desk.retry(it.ref(study), who="operator")
+        it.settles()
+        assert len(it.reports(study)) == 1
+
+
+def test_what_is_not_to_be_trusted_stops_the_engine(tmp_path: Path) -> None:
+    """Untrusted is never retried: no study is read any more until a person resumes; then nothing is lost."""
+    with hospital.opened(tmp_path) as it:
+        it.reader.fails = [Untrusted("The bundle's signature does not hold.")]
+        bad = it.scanner.sends(a_lesion(1))
+        it.settles()
+        good = it.scanner.sends(a_lesion(1, seed=7))
+        it.stays_unread(good, seconds=1.0)
+        assert it.reader.reads == [bad]
+        assert [(item.what, item.verb) for item in waiting(it) if item.stuck] == [
+            ("engine", "resume"),
+            ("study", "retry"),
+        ]
+        it.desk.resume(who="operator")
+        it.settles()
+        assert it.reader.reads == [bad, good]
+
+
+def test_received_while_nobody_worked(tmp_path: Path) -> None:
+    """What was received and not read is put to work by the sweep of the next worker."""
+    with hospital.opened(tmp_path) as it:
+        it.worker.stop()
+        study = it.scanner_without_a_bell_sends(a_lesion(2))
+        it.worker_starts()
+        it.settles()
+        assert it.reader.reads == [study]
+        assert len(it.reports(study)) == 1
+
+
+def test_a_damaged_image_does_not_stop_the_others(tmp_path: Path) -> None:
+    """A truncated image among good ones is refused or left out with a reason; the others are read."""
+    with hospital.opened(tmp_path) as it:
+        good = a_lesion(2)
+        broken = hospital.with_pixels_cut(a_lesion(3)[2])
+        study = it.scanner.sends([*good, broken])
+        it.settles()
+        shown = it.result(study)
+        assert shown.entry.images_read == 2
+        assert len(shown.answer.not_analysed) == 1
+
+
+@pytest.mark.parametrize("order", ["newest", "triage"])
+def test_results_are_listed_searched_and_shown(tmp_path: Path, order: str) -> None:
+    """Results are listed by time or by triage, found by patient id, accession number or study, and shown in full."""
+    with hospital.opened(tmp_path) as it:
+        first = it.scanner.sends(a_lesion(1, patient_id="P-1"))
+        it.settles()
+        it.reader.says = "3"
+        second = it.scanner.sends(a_lesion(1, seed=3, patient_id="P-2"))
+        it.settles()
+        results = it.site.results
+        listed = [entry.study_ref for entry in results.listing(order=order)]  # type: ignore[arg-type]
+        expected = [it.ref(second), it.ref(first)]
+        assert listed == (expected if order == "newest" else expected[::-1])
+        assert [entry.study_ref for entry in results.search("P-2")] == [it.ref(second)]
+        assert [entry.study_ref for entry in results.search(first)] == [it.ref(first)]
+        shown = it.result(first)
+        assert (shown.study_uid, shown.patient_id) == (first, "P-1")
+        assert shown.answer.findings[0].birads == "4C"  # type: ignore[union-attr]
+        assert {each.state for each in shown.delivered} == {"sent"}
+
+
+def waiting(it: Hospital) -> list[queue.Item]:
+    return queue.items(it.site.inbox, it.site.results, it.site.jobs, now=it.clock())
+
+
+def _takes_rejection_notes(it: Hospital) -> None:
+    it.destinations = [Destination(it.pacs.node, rejection_notes=True)]
+
+
+def _asks_the_pacs(it: Hospital) -> None:
+    it.query_node = it.pacs.node
