@@ -212,6 +212,11 @@ class People:
             self._change(session, name, failures=0, locked_until=None)
             self._act(session, "account unlocked", who, name)
 
+    def knows_password(self, name: str, password: str) -> bool:
+        with self._database.reading() as session:
+            row = session.execute(sa.select(_accounts.c.password).where(_accounts.c.name == name)).first()
+        return self._verify(row.password if row else self._nobody, password[:MOST_PASSWORD])
+
     def set_password(self, name: str, password: str, who: str) -> None:
         """Ends every session of the account."""
         hashed = self._hash(password, name)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, Literal, get_args
 
 import sqlalchemy as sa
@@ -161,8 +161,9 @@ class Worklist:
 
     def counts(self) -> Counts:
         with self._database.reading() as session:
-            by_read: dict[bool, int] = {}
-            by_read.update(session.execute(sa.select(_rows.c.read, sa.func.count()).group_by(_rows.c.read)).tuples())
+            by_read = {
+                read: n for read, n in session.execute(sa.select(_rows.c.read, sa.func.count()).group_by(_rows.c.read))
+            }
             stuck = session.execute(sa.select(sa.func.count()).where(_rows.c.stuck > "")).scalar_one()
         return Counts(unread=by_read.get(False, 0), stuck=stuck, read=by_read.get(True, 0))
 
@@ -188,10 +189,19 @@ class Worklist:
             rows = session.execute(query).all()
         return [(at, _seconds(last, at) or 0.0, _seconds(last, sent)) for at, last, sent in rows]
 
-    def received_since(self, since: datetime) -> int:
+    def by_hour(self, since: datetime, until: datetime) -> list[tuple[datetime, int, int]]:
+        """(hour, studies, instances) by when a study's last image came; hours without any are there too."""
+        query = sa.select(_rows.c.last_received_at, _rows.c.instances).where(_rows.c.last_received_at >= since)
         with self._database.reading() as session:
-            query = sa.select(sa.func.count()).select_from(_instances).where(_instances.c.received_at >= since)
-            return session.execute(query).scalar_one()
+            rows = session.execute(query).all()
+        hour = since.replace(minute=0, second=0, microsecond=0)
+        found: dict[datetime, list[int]] = {}
+        while hour <= until:
+            found[hour] = []
+            hour += timedelta(hours=1)
+        for at, instances in rows:
+            found.setdefault(at.replace(minute=0, second=0, microsecond=0), []).append(instances)
+        return [(hour, len(each), sum(each)) for hour, each in sorted(found.items())]
 
     # -- following -------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,190 @@
+"""Who is asking, and whether they may: sessions, tokens, forms, limits and the headers of every answer.
+
+Rules:
+- A page is reached by a session's cookie, the API also by a bearer token; each route names the right it needs.
+- Whatever changes something through a cookie must carry the session's form key and come from our own pages.
+- Scripts, styles and pictures come from here alone: nothing inline, nothing from elsewhere, no frames.
+- What shows a study is kept in no cache.
+- Guessing passwords is slow by account (`store.people`) and by address (here); the API is limited by caller.
+"""
+
+from __future__ import annotations
+
+import secrets
+from typing import Annotated, Any
+from urllib.parse import quote, urlsplit
+
+from fastapi import Depends, HTTPException, Request
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import MutableHeaders
+from starlette.responses import RedirectResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from busgen_cds.store.people import Person, Right
+from busgen_cds.web.front import Front
+
+UNSAFE = frozenset({"POST", "PUT", "PATCH", "DELETE"})
+MOST_BODY = 1 << 20
+
+POLICY = "; ".join(
+    (
+        "default-src 'none'",
+        "script-src 'self'",
+        "style-src 'self'",
+        "img-src 'self' blob:",
+        "connect-src 'self'",
+        "form-action 'self'",
+        "frame-ancestors 'none'",
+        "base-uri 'none'",
+    )
+)
+HEADERS = {
+    "Content-Security-Policy": POLICY,
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "same-origin",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Permissions-Policy": "camera=(), microphone=(), geolocation=(), payment=(), usb=()",
+}
+
+bearer = HTTPBearer(auto_error=False, description="A token made on the account page.")
+
+
+class LogInFirst(Exception):
+    """A page was asked for by nobody we know."""
+
+
+def front_of(request: Request) -> Front:
+    front: Front = request.app.state.front
+    return front
+
+
+def cookie_name(front: Front) -> str:
+    return "__Host-busgen" if front.site.secure else "busgen"
+
+
+def set_session(response: Response, front: Front, secret: str) -> None:
+    response.set_cookie(
+        cookie_name(front), secret, httponly=True, secure=front.site.secure, samesite="strict", path="/", max_age=43200
+    )
+
+
+def address_of(request: Request) -> str:
+    return request.client.host if request.client else "unknown"
+
+
+def person_of_cookie(request: Request) -> Person | None:
+    front = front_of(request)
+    secret = request.cookies.get(cookie_name(front))
+    return front.people.of_session(secret) if secret else None
+
+
+def same_origin(request: Request) -> bool:
+    """A browser says where a form comes from; another site's form is not ours."""
+    if request.headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
+        return False
+    origin = request.headers.get("origin")
+    return origin is None or urlsplit(origin).netloc == request.headers.get("host")
+
+
+async def _form_key(request: Request) -> str:
+    given = request.headers.get("x-form-key")
+    if given is None and "form" in request.headers.get("content-type", ""):
+        given = (await request.form()).get("form_key")  # type: ignore[assignment]
+    return given if isinstance(given, str) else ""
+
+
+async def check_form(request: Request, person: Person) -> None:
+    if request.method not in UNSAFE:
+        return
+    given = await _form_key(request)
+    if not same_origin(request) or not secrets.compare_digest(given.encode(), person.form_key.encode()):
+        raise HTTPException(403, "This form is not from a page of your session: load the page again.")
+
+
+def page(right: Right | None = None) -> Any:
+    """A person at a browser, with this right."""
+
+    async def find(request: Request) -> Person:
+        person = await run_in_threadpool(person_of_cookie, request)
+        if person is None:
+            raise LogInFirst
+        await check_form(request, person)
+        return await run_in_threadpool(_allowed, request, person, right)
+
+    return Depends(find)
+
+
+def caller(right: Right | None = None) -> Any:
+    """A program with a token, or a page of ours through its session."""
+
+    async def find(
+        request: Request, given: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)] = None
+    ) -> Person:
+        front = front_of(request)
+        if given:
+            person = await run_in_threadpool(front.people.of_token, given.credentials)
+        else:
+            person = await run_in_threadpool(person_of_cookie, request)
+        if person is None:
+            raise HTTPException(401, "Give a valid token.", headers={"WWW-Authenticate": "Bearer"})
+        if not given:
+            await check_form(request, person)
+        if not front.calls.take(person.account.ref):
+            raise HTTPException(429, "Too many calls: wait a moment.", headers={"Retry-After": "5"})
+        return await run_in_threadpool(_allowed, request, person, right)
+
+    return Depends(find)
+
+
+def _allowed(request: Request, person: Person, right: Right | None) -> Person:
+    if right is not None and not person.may(right):
+        front_of(request).refused(person, right, request.url.path)
+        raise HTTPException(403, f"Your account may not do this: it needs the right “{right}”.")
+    request.state.person = person
+    return person
+
+
+def to_log_in(request: Request) -> Response:
+    if request.headers.get("hx-request"):
+        return Response(status_code=401, headers={"HX-Redirect": "/login"})
+    wanted = request.url.path if request.method == "GET" and request.url.path != "/" else ""
+    return RedirectResponse(f"/login?next={quote(wanted)}" if wanted else "/login", 303)
+
+
+class Guard:
+    """Around every request: how much comes in, and the headers of what goes out."""
+
+    def __init__(self, app: ASGIApp, secure: bool) -> None:
+        self.app, self.secure = app, secure
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        taken = 0
+
+        async def receive_some() -> Message:
+            nonlocal taken
+            message = await receive()
+            taken += len(message.get("body", b""))
+            if taken > MOST_BODY:
+                raise HTTPException(413, "That is more than is taken here.")
+            return message
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self._add_headers(MutableHeaders(scope=message), scope["path"])
+            await send(message)
+
+        await self.app(scope, receive_some, send_with_headers)
+
+    def _add_headers(self, headers: MutableHeaders, path: str) -> None:
+        for name, value in HEADERS.items():
+            headers.setdefault(name, value)
+        if not path.startswith("/static/"):
+            headers.setdefault("Cache-Control", "no-store")
+        if self.secure:
+            headers["Strict-Transport-Security"] = "max-age=31536000"

@@ -1,0 +1,80 @@
+"""What the pages and the API stand on: everything of a site that they read, and the verbs they may use.
+
+Rules:
+- The pages read the store themselves. Whatever changes something is a verb handed in here.
+- A verb that waits or fails says so by `Transient`, `Misconfigured` or `Untrusted`; the page shows the message.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+from busgen_cds import __version__
+from busgen_cds.result import BundleName, HeatMap
+from busgen_cds.store.cases import Word
+from busgen_cds.store.database import Database
+from busgen_cds.store.vault import Vault
+from busgen_cds.study import Source, Spacing
+
+NOT_A_DIAGNOSIS = "Research software, not a diagnosis"
+
+
+class Slide(Protocol):
+    """One still picture or one clip of a study."""
+
+    @property
+    def source(self) -> Source: ...
+    @property
+    def spacing(self) -> Spacing | None: ...
+    @property
+    def seconds_per_frame(self) -> float: ...
+
+
+@dataclass(frozen=True)
+class LiveBundle:
+    """The bundle that reads at present, and what is known of it."""
+
+    name: BundleName
+    provider: str  # the execution provider that really runs it
+    created: str
+    card: str  # Markdown, as signed
+    figures: Mapping[str, Any] = field(default_factory=dict)
+    facts: Mapping[str, str] = field(default_factory=dict)  # calibration, thresholds: name → value in words
+
+
+@dataclass(frozen=True)
+class Node:
+    name: str
+    address: str
+    gets: str = ""  # which results it gets, in words
+
+
+Check = Callable[[], str]  # says in words what it found, or raises
+
+
+@dataclass(frozen=True)
+class Site:
+    name: str
+    database: Database
+    vault: Vault
+    folder: Path  # whose disk fills up
+    bundle: Callable[[], LiveBundle | None]
+    slides: Callable[[str], Sequence[Slide]]  # study_ref → pictures and clips
+    picture: Callable[[str, str, int], bytes]  # study_ref, SOP Instance UID, frame number → PNG; KeyError
+    evidence: Callable[[HeatMap], bytes]  # → PNG with an alpha channel, to lay over the map's region
+    confirm: Callable[[Word, int], bool]  # a reader's word on a result with so many findings; False: said already
+    retry: Callable[[str, str], Sequence[str]]  # study_ref, who → what was taken up again
+    release: Callable[[str, str], None]  # a held study, who
+    resume: Callable[[str], bool]  # the engine, who
+    echo: Callable[[str], float]  # node → seconds
+    nodes: Sequence[Node] = ()
+    checks: Mapping[str, Check] = field(default_factory=dict)  # what must hold before work is taken
+    viewer: str = ""  # a link to the site's viewer; {study_uid} and {series_uid} are filled in
+    first_code: str = ""  # who knows it may make the first account; empty: only the command line may
+    secure: bool = False  # pages are reached by https: cookies travel by nothing else
+    clock: Callable[[], datetime] = lambda: datetime.now(UTC)
+    version: str = __version__
