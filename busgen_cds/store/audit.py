@@ -47,15 +47,18 @@ class ActRow(Base):
 
 
 _acts = table_of(ActRow)
+_LAST = sa.select(_acts.c.number, _acts.c.hash).order_by(_acts.c.number.desc()).limit(1)
+_INSERT = sa.insert(_acts)
 
 
-def record(session: Session, *acts: Act, at: datetime | None = None) -> None:
+def record(session: Session | sa.Connection, *acts: Act, at: datetime | None = None) -> None:
     """Add acts to the chain, in the caller's transaction."""
     if not acts:
         return
-    if session.get_bind().dialect.name == "postgresql":
-        session.execute(sa.text("SELECT pg_advisory_xact_lock(:key)"), {"key": 0x61637473})
-    last = session.execute(sa.select(ActRow.number, ActRow.hash).order_by(ActRow.number.desc()).limit(1)).first()
+    connection = session.connection() if isinstance(session, Session) else session
+    if connection.dialect.name == "postgresql":
+        connection.execute(sa.text("SELECT pg_advisory_xact_lock(:key)"), {"key": 0x61637473})
+    last = connection.execute(_LAST).first()
     number, before = (last.number, last.hash) if last else (0, GENESIS)
     moment = at or datetime.now(UTC)
     rows = []
@@ -64,7 +67,7 @@ def record(session: Session, *acts: Act, at: datetime | None = None) -> None:
         row = _row(number, moment, act)
         row["hash"] = before = _hash(before, row)
         rows.append(row)
-    session.execute(sa.insert(_acts), rows)
+    connection.execute(_INSERT, rows)
 
 
 def _row(number: int, at: datetime, act: Act) -> dict[str, Any]:

@@ -13,6 +13,7 @@ Rules:
 from __future__ import annotations
 
 import importlib
+import os
 import pkgutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +29,8 @@ from sqlalchemy.orm import DeclarativeBase, Session
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 BUSY_SECONDS = 30
+LOG_BYTES = 16 << 20
+_CHECKPOINT_PAGES = 3500  # of 4096 bytes: the log starts again from its beginning before it outgrows LOG_BYTES
 _WRITES = "busgen_writes"
 
 
@@ -103,6 +106,12 @@ class Database:
             yield session
 
     @contextmanager
+    def connection(self) -> Iterator[sa.Connection]:
+        """As `transaction`, for statements alone: the receiving road does not pay for a session."""
+        with self._writing.begin() as connection:
+            yield connection
+
+    @contextmanager
     def reading(self) -> Iterator[Session]:
         """One consistent view, without the write lock."""
         with Session(self.engine, expire_on_commit=False) as session, session.begin():
@@ -116,6 +125,7 @@ def open(url: str) -> Database:
     """The database at `url`, created or migrated to this version's schema."""
     database = Database(url)
     migrate(database)
+    _lengthen_log(database)
     return database
 
 
@@ -127,6 +137,23 @@ def migrate(database: Database) -> None:
             connection.execute(sa.text("SELECT pg_advisory_xact_lock(:key)"), {"key": 0x62757367})
         configuration.attributes["connection"] = connection
         command.upgrade(configuration, "head")
+
+
+def _lengthen_log(database: Database) -> None:
+    """Give SQLite's write-ahead log its full length now: syncing a file that does not grow is twice as fast.
+
+    The log's own format makes this safe: frames are valid only with the salts of its header, zeros never are.
+    """
+    if database.engine.dialect.name != "sqlite" or not database.url.database:
+        return
+    with database._writing.begin():  # nobody else appends meanwhile
+        log = Path(f"{database.url.database}-wal")
+        missing = LOG_BYTES - log.stat().st_size
+        if missing > 0:
+            with log.open("ab") as file:
+                file.write(bytes(missing))
+                file.flush()
+                os.fsync(file.fileno())
 
 
 def all_tables() -> sa.MetaData:
@@ -148,6 +175,7 @@ def _prepare_sqlite(connection: Any, _record: Any) -> None:
     connection.isolation_level = None  # transactions begin where we say, not where the driver guesses
     for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "secure_delete=ON"):
         connection.execute(f"PRAGMA {pragma}").close()
+    connection.execute(f"PRAGMA wal_autocheckpoint={_CHECKPOINT_PAGES}").close()
 
 
 def _begin_sqlite(connection: sa.Connection) -> None:

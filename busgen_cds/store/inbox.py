@@ -23,10 +23,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import sqlalchemy as sa
-from sqlalchemy.orm import Mapped, Session, mapped_column
+from sqlalchemy.orm import Mapped, mapped_column
 
 from busgen_cds.arrival import Arrival, Kept, NoRoom, Outcome, Peek
 from busgen_cds.errors import Untrusted
@@ -115,6 +115,19 @@ class QuarantineTable(Base):
 _studies, _instances, _quarantine = table_of(StudyTable), table_of(InstanceTable), table_of(QuarantineTable)
 
 
+_FIND_STUDY = sa.select(_studies).where(_studies.c.uid_blind == sa.bindparam("blind"))
+_INSERT_STUDY = sa.insert(_studies)
+_HOLD_STUDY = (
+    sa.update(_studies)
+    .where(_studies.c.ref == sa.bindparam("study"))
+    .values(two_patients=True, held=sa.bindparam("held_now"))
+)
+_FIND_INSTANCES = sa.select(_instances.c.ref, _instances.c.study_ref, _instances.c.sha256).where(
+    _instances.c.sop_uid_blind == sa.bindparam("blind")
+)
+_INSERT_INSTANCE = sa.insert(_instances)
+
+
 @dataclass(frozen=True)
 class Instance:
     ref: str
@@ -149,6 +162,22 @@ class Quarantined:
     transfer_syntax_uid: str
     bytes: int
     reason: str
+
+
+class _Filed(NamedTuple):
+    """A study, as an instance is filed under it."""
+
+    ref: str
+    key: bytes
+    patient_blind: str
+    two_patients: bool
+    held: str | None
+
+
+class _Entry(NamedTuple):
+    ref: str
+    study_ref: str
+    sha256: str
 
 
 @dataclass(eq=False)
@@ -400,8 +429,9 @@ class Inbox:
         self._waiting.append(job)
         with self._leading:
             if job.kept is None and job.failed is None:
-                batch, self._waiting = self._waiting, []
-                self._commit_batch(batch)
+                with self._one_at_a_time():
+                    batch, self._waiting = self._waiting, []  # after the wait for the lock: the more ride along
+                    self._commit_batch(batch)
         if job.failed is not None:
             raise job.failed
         assert job.kept is not None
@@ -409,11 +439,10 @@ class Inbox:
 
     def _commit_batch(self, batch: Sequence[_Job]) -> None:
         try:
-            with self._one_at_a_time():
-                self._name(batch)
-                with self._database.transaction() as session:
-                    answers = [self._enter(session, job) for job in batch]
-                    audit.record(session, *map(_received, batch, answers), at=batch[0].at)
+            self._name(batch)
+            with self._database.connection() as connection:
+                answers = self._enter(connection, batch)
+                audit.record(connection, *map(_received, batch, answers), at=batch[0].at)
         except BaseException as failed:  # noqa: BLE001 – each of those who wait raises it
             for job in batch:
                 job.failed = failed
@@ -449,61 +478,78 @@ class Inbox:
         finally:
             os.close(descriptor)
 
-    def _enter(self, session: Session, job: _Job) -> Kept:
-        study_ref, study_key, held = self._enter_study(session, job)
-        known = session.execute(
-            sa.select(_instances.c.ref, _instances.c.study_ref, _instances.c.sha256).where(
-                _instances.c.sop_uid_blind.in_(self._vault.blinds(job.header.sop_instance_uid))
-            )
-        ).all()
-        for row in known:
-            if row.sha256 == job.sha256:
-                return Kept("same", row.study_ref, row.ref, held)
-        outcome: Outcome = "conflict" if known else "new"
-        session.execute(
-            sa.insert(_instances).values(
-                ref=job.ref,
-                study_ref=study_ref,
-                sop_uid_blind=self._vault.blind(job.header.sop_instance_uid),
-                sop_uid=self._vault.seal_text(job.header.sop_instance_uid),
-                sop_class_uid=job.header.sop_class_uid,
-                transfer_syntax_uid=job.arrival.transfer_syntax_uid,
-                sha256=job.sha256,
-                size=job.size,
-                received_at=job.at,
-                calling_ae=job.arrival.calling_ae,
-                key=vault.wrap_under(study_key, job.key),
-                conflict=outcome == "conflict",
-            )
-        )
-        return Kept(outcome, study_ref, job.ref, held)
+    def _enter(self, connection: sa.Connection, batch: Sequence[_Job]) -> list[Kept]:
+        """Rows for the batch; what is known already, or comes twice in it, gets the answer it deserves."""
+        studies: dict[str, _Filed] = {}
+        known: dict[str, list[_Entry]] = {}
+        rows, answers = [], []
+        for job in batch:
+            study = self._file_under(connection, job, studies)
+            uid = job.header.sop_instance_uid
+            same_uid = known[uid] = known.get(uid) or self._known(connection, uid)
+            twin = next((entry for entry in same_uid if entry.sha256 == job.sha256), None)
+            if twin is not None:
+                answers.append(Kept("same", twin.study_ref, twin.ref, study.held))
+                continue
+            outcome: Outcome = "conflict" if same_uid else "new"
+            rows.append(self._row(job, study, outcome))
+            same_uid.append(_Entry(job.ref, study.ref, job.sha256))
+            answers.append(Kept(outcome, study.ref, job.ref, study.held))
+        if rows:
+            connection.execute(_INSERT_INSTANCE, rows)
+        return answers
 
-    def _enter_study(self, session: Session, job: _Job) -> tuple[str, bytes, str | None]:
-        patient = job.header.patient_id.strip()
-        row = session.execute(self._study_of(job.header.study_instance_uid)).first()
-        if row is None:
-            return self._new_study(session, job, patient)
-        held = row.held
-        if row.patient_blind not in self._vault.blinds(patient) and not row.two_patients:
-            held = held or TWO_PATIENTS
-            session.execute(sa.update(_studies).where(_studies.c.ref == row.ref).values(two_patients=True, held=held))
-        return row.ref, self._vault.unwrap(row.key), held
+    def _known(self, connection: sa.Connection, sop_instance_uid: str) -> list[_Entry]:
+        """What is kept already under this UID; while a site key is being changed, under either key's hash."""
+        blinds = self._vault.blinds(sop_instance_uid)
+        return [_Entry(*row) for blind in blinds for row in connection.execute(_FIND_INSTANCES, {"blind": blind})]
 
-    def _new_study(self, session: Session, job: _Job, patient: str) -> tuple[str, bytes, str | None]:
-        ref, key = secrets.token_hex(16), vault.new_key()
-        session.execute(
-            sa.insert(_studies).values(
-                ref=ref,
-                uid_blind=self._vault.blind(job.header.study_instance_uid),
-                uid=self._vault.seal_text(job.header.study_instance_uid),
-                patient_blind=self._vault.blind(patient),
-                patient=self._vault.seal_text(patient),
-                key=self._vault.wrap(key),
-                first_received_at=job.at,
-                two_patients=False,
-            )
+    def _row(self, job: _Job, study: _Filed, outcome: Outcome) -> dict[str, Any]:
+        return {
+            "ref": job.ref,
+            "study_ref": study.ref,
+            "sop_uid_blind": self._vault.blind(job.header.sop_instance_uid),
+            "sop_uid": self._vault.seal_text(job.header.sop_instance_uid),
+            "sop_class_uid": job.header.sop_class_uid,
+            "transfer_syntax_uid": job.arrival.transfer_syntax_uid,
+            "sha256": job.sha256,
+            "size": job.size,
+            "received_at": job.at,
+            "calling_ae": job.arrival.calling_ae,
+            "key": vault.wrap_under(study.key, job.key),
+            "conflict": outcome == "conflict",
+        }
+
+    def _file_under(self, connection: sa.Connection, job: _Job, studies: dict[str, _Filed]) -> _Filed:
+        """The study of an instance, made when it is the first; held when it shows a second patient."""
+        uid, patient = job.header.study_instance_uid, job.header.patient_id.strip()
+        study = studies.get(uid) or self._find_or_make(connection, job, patient)
+        if patient and study.patient_blind not in self._vault.blinds(patient) and not study.two_patients:
+            study = study._replace(two_patients=True, held=study.held or TWO_PATIENTS)
+            connection.execute(_HOLD_STUDY, {"study": study.ref, "held_now": study.held})
+        studies[uid] = study
+        return study
+
+    def _find_or_make(self, connection: sa.Connection, job: _Job, patient: str) -> _Filed:
+        blinds = self._vault.blinds(job.header.study_instance_uid)
+        row = next((row for blind in blinds for row in connection.execute(_FIND_STUDY, {"blind": blind})), None)
+        if row is not None:
+            return _Filed(row.ref, self._vault.unwrap(row.key), row.patient_blind, row.two_patients, row.held)
+        study = _Filed(secrets.token_hex(16), vault.new_key(), self._vault.blind(patient), False, None)
+        connection.execute(
+            _INSERT_STUDY,
+            {
+                "ref": study.ref,
+                "uid_blind": self._vault.blind(job.header.study_instance_uid),
+                "uid": self._vault.seal_text(job.header.study_instance_uid),
+                "patient_blind": study.patient_blind,
+                "patient": self._vault.seal_text(patient),
+                "key": self._vault.wrap(study.key),
+                "first_received_at": job.at,
+                "two_patients": False,
+            },
         )
-        return ref, key, None
+        return study
 
     def _enter_quarantine(self, job: _Job, reason: str) -> None:
         target = self._quarantine / job.ref

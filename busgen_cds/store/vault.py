@@ -146,21 +146,25 @@ class SealedWriter:
     def __init__(self, path: Path, key: bytes) -> None:
         self._header = _MAGIC + struct.pack(">II", CHUNK, 0)
         self._cipher = AESGCM(key)
-        self._buffer = bytearray()
+        self._chunk, self._sealed = memoryview(bytearray(CHUNK)), memoryview(bytearray(CHUNK + _TAG))
+        self._filled = 0
         self._number = 0
         self.descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         _write_all(self.descriptor, self._header)
 
     def write(self, data: bytes | memoryview) -> None:
-        self._buffer += data
-        while len(self._buffer) > CHUNK:  # the last chunk, full or not, is written by `sync`
-            self._put(bytes(self._buffer[:CHUNK]), last=False)
-            del self._buffer[:CHUNK]
+        view = memoryview(data)
+        while view:
+            if self._filled == CHUNK:  # the last chunk, full or not, is written by `sync`
+                self._put(last=False)
+            size = min(len(view), CHUNK - self._filled)
+            self._chunk[self._filled : self._filled + size] = view[:size]
+            self._filled += size
+            view = view[size:]
 
     def sync(self) -> None:
         """Write the last chunk; the file's content is on the disk when this returns."""
-        self._put(bytes(self._buffer), last=True)
-        self._buffer.clear()
+        self._put(last=True)
         os.fsync(self.descriptor)
 
     def close(self) -> None:
@@ -168,9 +172,12 @@ class SealedWriter:
             os.close(self.descriptor)
             self.descriptor = -1
 
-    def _put(self, chunk: bytes, last: bool) -> None:
-        _write_all(self.descriptor, self._cipher.encrypt(_nonce(self._number, last), chunk, self._header))
+    def _put(self, last: bool) -> None:
+        sealed = self._sealed[: self._filled + _TAG]
+        self._cipher.encrypt_into(_nonce(self._number, last), self._chunk[: self._filled], self._header, sealed)
+        _write_all(self.descriptor, sealed)
         self._number += 1
+        self._filled = 0
 
 
 def read_sealed(file: BinaryIO, key: bytes) -> Iterator[bytes]:
@@ -195,7 +202,7 @@ def _nonce(number: int, last: bool) -> bytes:
     return number.to_bytes(_NONCE - 1, "big") + (b"\x01" if last else b"\x00")
 
 
-def _write_all(descriptor: int, data: bytes) -> None:
+def _write_all(descriptor: int, data: bytes | memoryview) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(descriptor, view) :]
