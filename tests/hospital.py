@@ -274,14 +274,7 @@ class Hospital:
 
     def scanner_without_a_bell_sends(self, files: Sequence[bytes]) -> str:
         """Received and acknowledged, and then the power fails before anybody was told."""
-        for data in files:
-            header = opened_file(data)
-            arrival = Arrival("US_ROOM_1", "127.0.0.1", str(header.SOPClassUID), str(header.SOPInstanceUID), "")
-            peeked = Peek(
-                str(header.StudyInstanceUID), str(header.SeriesInstanceUID), str(header.SOPClassUID),
-                str(header.SOPInstanceUID), str(header.PatientID),
-            )  # fmt: skip
-            self.site.inbox.keep(arrival, peeked, [data])
+        keep(self.site, files)
         return study_uid(files)
 
     @property
@@ -350,6 +343,16 @@ def a_lesion(n: int = 2, **image: Any) -> list[bytes]:
 
 def opened_file(data: bytes) -> Dataset:
     return pydicom.dcmread(io.BytesIO(data), stop_before_pixels=True)
+
+
+def keep(site: Site, files: Sequence[bytes]) -> None:
+    """Into the inbox without a network, and without telling anybody."""
+    for data in files:
+        header = opened_file(data)
+        sop_class, instance = str(header.SOPClassUID), str(header.SOPInstanceUID)
+        study, series = str(header.StudyInstanceUID), str(header.SeriesInstanceUID)
+        arrival = Arrival("US_ROOM_1", "127.0.0.1", sop_class, instance, str(header.file_meta.TransferSyntaxUID))
+        site.inbox.keep(arrival, Peek(study, series, sop_class, instance, str(header.PatientID)), [data])
 
 
 def study_uid(files: Sequence[bytes]) -> str:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import socket
 import ssl
 import threading
@@ -38,6 +39,8 @@ from pynetdicom.sop_class import (  # type: ignore[attr-defined]
 )
 
 from busgen_cds.errors import Misconfigured, Transient
+
+logging.getLogger("pynetdicom").setLevel(logging.CRITICAL)  # what it would say, we say with the study and the remedy
 
 FIND = StudyRootQueryRetrieveInformationModelFind
 REQUEST_COMMITMENT = 1  # PS3.4 J.3.2: action type
