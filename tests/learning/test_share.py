@@ -1,0 +1,192 @@
+"""Generating at length, releasing, and sharing."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from PIL import Image
+
+from busgen_cds import signing
+from busgen_cds.errors import Misconfigured, Untrusted
+from busgen_cds.learning import data, embed, privacy, release
+from busgen_cds.learning.figures import Interval
+from busgen_cds.learning.generator import Sampling
+from busgen_cds.learning.recipes import share, synthesise
+from busgen_cds.learning.recipes.synthesise import Settings
+from tests.learning.generators import SIZE, tiny
+
+SIX = Settings(count=6, shard=4, batch=4, filtered=False, sampling=Sampling(steps=2))
+TERMS = share.Terms("test-package", "1", "a test", "2026-01-01")
+
+
+@pytest.fixture(scope="module")
+def six(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("six")
+    assert synthesise.generate(tiny(), out, SIX, None) == (6, 6)
+    return out
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+# Generating
+
+
+def test_generated_images_are_a_manifest_that_trains(six: Path) -> None:
+    """What comes out is read by the reader's own loader: images, masks, labels, nobody's patient."""
+    rows = data.read_manifest(six)
+    assert len(rows) == 6 and {row.source for row in rows} == {"synthetic"} and len({r.patient for r in rows}) == 6
+    assert {row.pathology for row in rows} <= {"benign", "malignant"}
+    assert len(data.load(six, rows, None, SIZE)) == 6
+
+
+def test_a_stopped_run_goes_on_to_the_same_images(six: Path, tmp_path: Path) -> None:
+    """Stopped after its first shard and called again, a run makes what is missing, and the same bytes."""
+
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        synthesise.generate(tiny(), tmp_path, SIX, None, stop)
+    assert not (tmp_path / synthesise.MANIFEST).exists()
+    (tmp_path / "shard-00001.partial").mkdir()  # what a kill in the middle of a shard leaves
+    synthesise.generate(tiny(), tmp_path, SIX, None)
+    assert contents(tmp_path) == contents(six)
+
+
+def test_a_folder_answers_one_question(six: Path) -> None:
+    """Images that were asked for otherwise are not mixed into a folder."""
+    with pytest.raises(Misconfigured, match="asked for otherwise"):
+        synthesise.generate(tiny(), six, Settings(**{**vars(SIX), "seed": 5}), None)
+
+
+def test_device_tells_nothing_of_the_class() -> None:
+    """Devices are drawn evenly whatever the pathology, and the mix is kept."""
+    makes, settings = tiny(), Settings(mix={"benign": 3, "malignant": 1})
+    wishes = [synthesise.wish(makes, settings, i) for i in range(400)]
+    malignant = [w for w in wishes if w.pathology == "malignant"]
+    assert 60 < len(malignant) < 140
+    for group in (wishes, malignant):
+        assert 0.4 < np.mean([w.device == "A" for w in group]) < 0.6
+
+
+def test_the_release_filter_drops_and_counts_copies(tmp_path: Path) -> None:
+    """Too near to a training image: dropped and counted; what is far passes; without a filter nothing is released."""
+    makes = tiny()
+    rng = np.random.default_rng(0)
+    train = rng.integers(0, 255, (30, SIZE, SIZE)).astype(np.uint8)
+    gate = release.build(embed.latent(makes.coder), train, rng.integers(0, 255, (20, SIZE, SIZE)).astype(np.uint8))
+    judge = embed.latent(makes.coder)
+    assert not gate.passes(judge(train)).any() and not gate.passes(judge(embed.mirrored(train))).any()
+    gate.save(tmp_path / release.FILE)
+    again = release.load(tmp_path / release.FILE)
+    assert again.threshold == gate.threshold and not again.passes(judge(train)).any()
+    strict = release.Filter(gate.mean, gate.axes, gate.points, 1e9)
+    with pytest.raises(Misconfigured, match="copies"):
+        synthesise.generate(makes, tmp_path / "none", Settings(**{**vars(SIX), "count": 1, "filtered": True}), strict)
+    with pytest.raises(Misconfigured, match="release filter"):
+        synthesise.generate(makes, tmp_path / "open", Settings(**{**vars(SIX), "filtered": True}), None)
+
+
+def test_what_the_filter_drops_is_replaced(tmp_path: Path) -> None:
+    """Dropped images are replaced until the count is reached, and the summary says how many there were."""
+    makes = tiny()
+    synthesise.generate(makes, tmp_path / "free", SIX, None)
+    images, _ = synthesise.read_images(tmp_path / "free", SIZE)
+    vectors = embed.latent(makes.coder)(images)
+    away = np.linalg.norm(vectors - vectors.mean(0), axis=1)
+    axes, point = np.eye(vectors.shape[1], dtype=np.float32), np.zeros((1, vectors.shape[1]), np.float32)
+    origin = release.Filter(vectors.mean(0), axes, point, float(np.median(away)))
+    counts = synthesise.generate(makes, tmp_path / "gated", Settings(**{**vars(SIX), "filtered": True}), origin)
+    assert counts.released == 6 and counts.dropped >= 1
+    assert json.loads((tmp_path / "gated" / synthesise.SUMMARY).read_text())["dropped"] == counts.dropped
+
+
+# Sharing
+
+
+def report(folder: Path) -> Path:
+    finding = privacy.Finding("copies", "share", Interval(0.0, 0, 0.01), Interval(1, 0.9, 1), 0.01, "passes")
+    path = folder / "report.json"
+    path.write_text(privacy.PrivacyReport("tiny", 8, 4, 6, 6, 0, (finding,), "none").to_json())
+    return path
+
+
+def signer() -> signing.KeySigner:
+    return signing.KeySigner(Ed25519PrivateKey.from_private_bytes(b"7" * 32))
+
+
+def trusted() -> signing.Verifier:
+    return signing.Verifier.of((signer().key.public_key(), frozenset({share.KIND})))
+
+
+@pytest.fixture
+def package(six: Path, tmp_path: Path) -> Path:
+    return share.package(
+        six, report(tmp_path), tmp_path / "package", TERMS, signer(), lambda made: b"DICM" + made.image.tobytes()
+    )
+
+
+def test_a_package_is_complete_and_checks(package: Path) -> None:
+    """Images, masks, labels, metadata, card, report, DICOM and a signature that holds for all of them."""
+    files = share.verify(package, trusted())["files"]
+    assert {share.METADATA, share.CARD, share.REPORT, share.LABELS} <= set(files)
+    assert sum(name.startswith("images/") for name in files) == sum(name.startswith("dicom/") for name in files) == 6
+    with (package / share.LABELS).open() as file:
+        rows = list(csv.DictReader(file))
+    assert all((package / row["image"]).exists() for row in rows)
+
+
+@pytest.mark.parametrize("harm", ["change", "add", "remove", "unsign"])
+def test_a_package_that_was_touched_is_refused(package: Path, harm: str) -> None:
+    """A changed, added or missing file, or a missing signature, is Untrusted."""
+    image = package / "images" / "0000000.png"
+    {
+        "change": lambda: Image.new("L", (8, 8)).save(image),
+        "add": lambda: (package / "more.png").write_bytes(b""),
+        "remove": image.unlink,
+        "unsign": (package / share.ENVELOPE).unlink,
+    }[harm]()
+    with pytest.raises(Untrusted):
+        share.verify(package, trusted())
+
+
+def test_the_metadata_follows_croissant(package: Path) -> None:
+    """Croissant: context, conformance, files with checksums or patterns, and one field per column."""
+    document = json.loads((package / share.METADATA).read_text())
+    assert document["conformsTo"] == "http://mlcommons.org/croissant/1.0" and document["@type"] == "sc:Dataset"
+    ids = {part["@id"] for part in document["distribution"]}
+    fields = document["recordSet"][0]["field"]
+    assert {"pathology", "device", "image"} <= {field["name"] for field in fields}
+    for field in fields:
+        holder = field["source"].get("fileObject") or field["source"].get("fileSet")
+        assert holder["@id"] in ids
+    table = next(part for part in document["distribution"] if part["@id"] == "labels")
+    assert table["sha256"] == signing.digest((package / share.LABELS).read_bytes())
+
+
+def test_the_card_says_what_the_report_says(package: Path, six: Path, tmp_path: Path) -> None:
+    """The data card tells the verdicts, also when a bar does not hold or nothing was measured."""
+    assert "holds all its bars" in (package / share.CARD).read_text()
+    silent = json.loads(report(tmp_path).read_text())
+    silent["findings"][0] |= {"control": {"value": None, "low": None, "high": None}, "verdict": "concludes nothing"}
+    silent["holds"] = False
+    text = share.card([], silent, {"made": 6, "dropped": 0}, TERMS)
+    assert "does NOT hold" in text and "not measured" in text and "concludes nothing" in text
+
+
+def test_only_generated_images_are_shared(six: Path, tmp_path: Path) -> None:
+    """An image of any other source stops the package before it begins."""
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    rows = list(csv.DictReader((six / synthesise.MANIFEST).open()))
+    rows[0]["source"] = "busi"
+    synthesise._write_rows(folder / synthesise.MANIFEST, rows)
+    with pytest.raises(Misconfigured, match="Only generated"):
+        share.package(folder, report(tmp_path), tmp_path / "out", TERMS, signer())
