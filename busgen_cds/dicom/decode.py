@@ -135,7 +135,7 @@ def _check_pixel_format(said: Shape) -> None:
     expected = 1 if said.photometric in ("MONOCHROME1", "MONOCHROME2", "PALETTE COLOR") else 3
     known = expected == 1 or said.photometric == "RGB" or said.photometric.startswith("YBR_")
     if not known:
-        raise Unreadable(f"its photometric interpretation is {said.photometric or 'not stated'!s:.24}")
+        raise Unreadable("its photometric interpretation is missing or unknown")
     if said.samples != expected:
         raise Unreadable(f"{said.photometric} with {said.samples} samples per pixel contradicts itself")
     if said.allocated not in (8, 16) or not 0 < said.stored <= said.allocated:

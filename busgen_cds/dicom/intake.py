@@ -141,7 +141,7 @@ def _pictures(opened: Opened, source: Source, room: int) -> Iterator[Said]:
         if number - 1 in sampled:
             yield from clip.read(here)
         elif number > clip.frames.available:
-            yield NotAnalysed(here, "the pixel data end before this frame")
+            yield NotAnalysed(here, "the pixel data end before this frame is whole")
         else:
             yield NotAnalysed(here, f"not sampled: {len(sampled)} of {shape.frames} frames of this clip are read")
 
