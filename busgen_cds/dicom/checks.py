@@ -19,7 +19,7 @@ from pydicom.pixels.utils import unpack_bits
 from pydicom.uid import UID
 
 from busgen_cds import birads
-from busgen_cds.dicom import content, overlay, picture, report
+from busgen_cds.dicom import content, headers, overlay, picture, report
 from busgen_cds.dicom.identity import PRODUCT
 from busgen_cds.dicom.saying import Saying, percentage
 from busgen_cds.dicom.templates import as_code
@@ -82,7 +82,7 @@ def _identity(ds: Dataset, it: Rendered, saying: Saying) -> None:
     for keyword in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID"):
         _require(UID(ds[keyword].value).is_valid, f"{keyword} is no valid UID")
     _require(ds.StudyInstanceUID == study.uid, "it belongs to another study")
-    _require(str(ds.PatientID or "") == study.patient.id.strip(), "it names another patient")
+    _require(headers.identifier(ds.PatientID) == headers.identifier(study.patient.id), "it names another patient")
     _require(ds.Manufacturer == PRODUCT, "it does not carry our name: it would be read as a study")
     _require(saying.result.bundle.digest[:64] in ds.SoftwareVersions, "it does not name its bundle's digest")
     _require(ds.SeriesNumber == saying.series_number(it.kind), "its series number is not the template's")

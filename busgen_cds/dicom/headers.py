@@ -12,11 +12,13 @@ import io
 import re
 from collections.abc import Iterable, Sequence
 from datetime import datetime
+from typing import Any
 
 from pydicom import config
 from pydicom.datadict import dictionary_VR, tag_for_keyword
 from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.multival import MultiValue
 from pydicom.sequence import Sequence as Items
 from pydicom.uid import UID, ExplicitVRLittleEndian
 
@@ -28,6 +30,7 @@ from busgen_cds.result import Kind, Rendered
 from busgen_cds.study import Source, Study
 
 SEGMENTATION_PURPOSE = Code("121322", "DCM", "Source image for image processing operation")
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")  # PS3.5 6.1.3: what text cannot hold
 _SEXES = ("M", "F", "O", "")
 
 
@@ -97,8 +100,8 @@ def put(ds: Dataset, keyword: str, value: object) -> None:
         raise KeyError(f"{keyword} is no DICOM keyword")
     vr = dictionary_VR(tag)
     content = Items(value) if vr == "SQ" else value  # type: ignore[arg-type]
-    if isinstance(content, str) and vr != "UI":
-        content = re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]", "", content)
+    if isinstance(content, str):
+        content = _CONTROL.sub("", content)
     ds.add(DataElement(tag, vr, content, validation_mode=config.IGNORE))
 
 
@@ -168,6 +171,12 @@ def date(text: str) -> str:
 
 def time(text: str) -> str:
     return text if re.fullmatch(r"([01]\d|2[0-3])([0-5]\d([0-5]\d(\.\d{1,6})?)?)?", text) else ""
+
+
+def identifier(value: Any) -> str:
+    """An identifier as it compares: without what encoding adds or cannot hold."""
+    parts = value if isinstance(value, MultiValue) else [value or ""]
+    return _CONTROL.sub("", "\\".join(str(part) for part in parts)).strip()
 
 
 def cut(text: str, length: int) -> str:
