@@ -179,6 +179,7 @@ def _segment(saying: Saying, segment: int, number: int) -> Dataset:
     put(item, "SegmentAlgorithmType", "AUTOMATIC")
     put(item, "SegmentAlgorithmName", PRODUCT)
     put(item, "SegmentationAlgorithmIdentificationSequence", [algorithm])
+    put(item, "RecommendedDisplayCIELabValue", list(cielab(_GRAPHIC_RGB)))
     put(item, "TrackingID", saying.tracking_identifier(number))
     put(item, "TrackingUID", saying.tracking_uid(number))
     put(item, "AnatomicRegionSequence", [_site(saying, number)])

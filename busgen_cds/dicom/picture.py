@@ -136,7 +136,8 @@ def _sheet(saying: Saying) -> Page:
     page, template, words = Page(), saying.template, saying.words
     page.draw.rectangle((0, 0, WIDTH, 64), fill=BAND)
     page.draw.rectangle((0, HEIGHT - 56, WIDTH, HEIGHT), fill=BAND)
-    page.write((24, 32), template.text("picture.heading", words), 28, WARNING, anchor="lm")
+    # Viewers write date and series into the upper left corner: the heading stays clear of it.
+    page.write((24, 46), template.text("picture.heading", words), 26, WARNING, anchor="lm")
     page.write((WIDTH - 24, 32), words["revision_note"], 22, WARNING, anchor="rm")
     page.write((24, HEIGHT - 28), template.text("picture.footer", words), 18, SOFT, anchor="lm")
     page.write((WIDTH - 24, HEIGHT - 28), template.text("picture.research", words), 18, SOFT, anchor="rm")
