@@ -181,6 +181,23 @@ def evaluate(
         console.print(f"{bar['verdict']:>12}  {bar['bar']}: {bar['reached']} ({bar['wanted']})")
 
 
+@app.command()
+def crossval(
+    checkpoints: Annotated[list[Path], typer.Argument(help="One checkpoint per fold, trained with --fold k/n.")],
+    data: Data = None,
+    out: Annotated[Path, typer.Option(help="Where the figures go.")] = Path("docs/results/reader-crossval.json"),
+    cache: Cache = Path("runs/cache"),
+) -> None:
+    """The reader against the radiologists on all of BUS-BRA, every patient scored by a fold that never saw them."""
+    from busgen_cds.learning import evaluate
+    from busgen_cds.learning.recipes import crossvalidate
+
+    found = evaluate.rounded(crossvalidate.compare(_root(data), checkpoints, cache, console.print))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    console.print_json(json.dumps(found))
+
+
 def _open(folder: Path, trust: list[Path]) -> Bundle:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
     from cryptography.hazmat.primitives.serialization import load_pem_public_key
@@ -241,9 +258,7 @@ def pretrain(
     if threads:
         torch.set_num_threads(threads)
     named = {"sources": tuple(sources.split(",")), "seed": seed}
-    coding = autoencode.Settings(
-        **autoencode.PRESETS[preset] | named | ({"steps": coder_steps} if coder_steps else {})
-    )
+    coding = autoencode.Settings(**autoencode.PRESETS[preset] | named | ({"steps": coder_steps} if coder_steps else {}))
     learning = recipe.Settings(**recipe.PRESETS[preset] | {"seed": seed} | ({"steps": steps} if steps else {}))
     if network not in networks.KINDS:
         raise typer.BadParameter(f"network is one of {', '.join(networks.KINDS)}")

@@ -116,7 +116,8 @@ def test_gate_knows_its_own() -> None:
     mixing = rng.standard_normal((8, 40))
     own = (rng.standard_normal((600, 8)) @ mixing).astype(np.float32)
     gate = calibrate.Gate.fit(own[:400], kept=16)
-    reach = calibrate.reach(gate.distance(own[400:]))
+    held_out = gate.distance(own[400:])
+    reach = calibrate.reach(held_out, held_out)
     assert (gate.distance(own[400:]) > reach).mean() <= 0.02
     assert (gate.distance(own[400:] + 6 * mixing.std(0).astype(np.float32)) > reach).mean() > 0.9
 

@@ -64,8 +64,7 @@ def make(
     tell("calibrating on val")
     read = calibrate.read(run, val.image)
     calibration = calibrate.fit(read, val)
-    gate = calibrate.Gate.fit(calibrate.read(run, train.image).embedding)
-    reach = calibrate.reach(gate.distance(read.embedding))
+    gate, reach = _gate(run, train, val, read)
     thresholds = calibrate.thresholds(read, val, calibration, reach)
 
     tell("simulating studies of many frames")
@@ -89,6 +88,18 @@ def make(
         settings=described,
         figures=measured,
     )
+
+
+def _gate(
+    run: export.Run, train: data.Images, val: data.Images, read: calibrate.Readings, most: int = 800
+) -> tuple[calibrate.Gate, float]:
+    """Fitted on `train` as it is and as other scanners might show it; how far it reaches is set on `val` likewise."""
+    chosen = np.random.default_rng(0).permutation(len(train))[:most]
+    images = train.image[np.sort(chosen)]
+    own, others = (calibrate.read(run, shown).embedding for shown in (images, calibrate.views(images, seed=1)))
+    gate = calibrate.Gate.fit(np.concatenate([own, others]))
+    elsewhere = calibrate.read(run, calibrate.views(val.image, seed=2)).embedding
+    return gate, calibrate.reach(gate.distance(read.embedding), gate.distance(elsewhere))
 
 
 def lowest_suspicion(thresholds: bundle.Thresholds) -> float:
