@@ -125,7 +125,7 @@ class Commitment:
 
 
 # PS3.4 B.2.3 and PS3.7 annex C: what a C-STORE status means for an operator.
-_REFUSALS = {
+REFUSALS = {
     0x0110: "processing failure",
     0x0117: "invalid object instance",
     0x0122: "SOP class not supported",
@@ -185,10 +185,10 @@ def _store_one(association: Association, each: Sendable, number: int, to: Node) 
 
 def _refusal(status: int) -> str:
     if 0xA900 <= status <= 0xA9FF:
-        return _REFUSALS[0xA900]
+        return REFUSALS[0xA900]
     if 0xC000 <= status <= 0xCFFF:
-        return _REFUSALS[0xC000]
-    return _REFUSALS.get(status, "refused")
+        return REFUSALS[0xC000]
+    return REFUSALS.get(status, "refused")
 
 
 def _storage_contexts(objects: Iterable[Sendable]) -> list[PresentationContext]:

@@ -11,7 +11,7 @@ from pydicom import Dataset, dcmread
 
 from busgen_cds import birads
 from busgen_cds.birads import Category
-from busgen_cds.dicom import checks, content, objects, report, templates
+from busgen_cds.dicom import checks, content, headers, objects, report, templates
 from busgen_cds.dicom.saying import Saying
 from busgen_cds.result import Result
 from busgen_cds.study import Study
@@ -226,7 +226,7 @@ def test_the_checks_find_what_no_validator_finds() -> None:
     for spoil, complaint in ((_untracked, "no tracking UID"), (_unplaced, "no outline of its own")):
         ds = report.structured_report(saying)
         spoil(next(item for item in content.walk(ds) if content.name_of(item) == report.GROUP[:2]))
-        made = objects.headers.finish(ds, "sr")
+        made = headers.finish(ds, "sr")
         with pytest.raises(checks.Malformed, match=complaint):
             checks.rendered([made], saying)
 
