@@ -41,11 +41,11 @@ def compare(
     if missing:
         raise Misconfigured(f"{missing} images of BUS-BRA were never left out: a fold's checkpoint is missing.")
     images = data.load(root, everything, cache)
-    score = np.array([scored[row.image] for row in everything])
-    keep = np.ones(len(score), bool)
+    scores = np.array([scored[row.image] for row in everything], np.float64)
+    keep = np.ones(len(scores), np.bool_)
     return {
-        "auc": figures.auc_interval(score, images.malignant, images.patients),
-        "radiologists": evaluate.radiologists(images, score, keep),
+        "auc": figures.auc_interval(scores, images.malignant, images.patients),
+        "radiologists": evaluate.radiologists(images, scores, keep),
     }
 
 
