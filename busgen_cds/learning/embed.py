@@ -69,14 +69,19 @@ def imagenet(weights: Path) -> Embedding:
     return _batched(embed, encoder)
 
 
-def reader(run: Path) -> Embedding:
-    """Our reader's embedding, from the checkpoint of its training."""
+def read_reader(run: Path) -> Reader:
+    """A reader from the checkpoint of its training: the average of its weights."""
     tensors, notes = checkpoint.read(run)
     shape = notes["settings"]["shape"]
     tasks = {"birads": 4, **{task["name"]: len(task["classes"]) for task in notes["settings"]["tasks"]}}
     network = Reader(Shape(**{**shape, "tasks": tasks}))
     network.load_state_dict(checkpoint.part(tensors, "average."))
-    network.eval()
+    return network.eval()
+
+
+def reader(run: Path) -> Embedding:
+    """Our reader's embedding."""
+    network = read_reader(run)
 
     def embed(images: Tensor) -> Tensor:
         reading: Reading = network(F.interpolate(images, size=(224, 224), mode="bilinear", align_corners=False))

@@ -59,17 +59,17 @@ def data_folder(root: Path, patients: int = 12, seed: int = 0) -> Path:
         device, birads = "AB"[i % 2], {"normal": "", "benign": "3", "malignant": "5"}[pathology]
         histology = {"normal": "", "benign": "cyst", "malignant": "mucinous carcinoma"}[pathology]
         rows.append(
-            dict(
-                image=f"images/{i}.png",
-                mask=f"images/{i}-mask.png" if pathology != "normal" else "",
-                source="painted",
-                patient=f"p{i}",
-                pathology=pathology,
-                birads=birads,
-                histology=histology,
-                device=device,
-                split=split,
-            )
+            {
+                "image": f"images/{i}.png",
+                "mask": f"images/{i}-mask.png" if pathology != "normal" else "",
+                "source": "painted",
+                "patient": f"p{i}",
+                "pathology": pathology,
+                "birads": birads,
+                "histology": histology,
+                "device": device,
+                "split": split,
+            }
         )
     with (root / "manifest.csv").open("w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, rows[0])

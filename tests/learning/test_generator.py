@@ -74,7 +74,7 @@ def test_a_lesion_grows_in_a_healthy_breast() -> None:
         tell=lambda done, steps: told.append((done, steps)),
     )[0]
     assert one.image.shape == (64, 50)
-    rows, columns = np.nonzero(one.mask)
+    rows, _columns = np.nonzero(one.mask)
     if len(rows):  # within the box and the cells around it
         assert rows.min() >= 0.2 * 64 - 16 and rows.max() <= 0.6 * 64 + 16
     assert told[-1] == (7, 7)

@@ -153,7 +153,7 @@ def test_shards_hold_every_view_and_nobody_s_name(made: Path) -> None:
     assert len(images) == sum(count for _, count in index.of("train")) == 8 * 3 + 4 * 4
     assert images[0].latent.shape == (8, 8, 8) and images[0].outline.shape == (4, 8, 8)
     everything = b"".join(path.read_bytes() for path in (made / "shards").iterdir())
-    assert b"images/" not in everything and b"p1" not in everything
+    assert b"images/" not in everything and b'"p1' not in everything
 
 
 def test_encoding_goes_on_with_what_is_missing(made: Path, tmp_path: Path) -> None:

@@ -1,0 +1,116 @@
+"""Adapting the generator from a few images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from busgen_cds.errors import Misconfigured
+from busgen_cds.learning import checkpoint, data
+from busgen_cds.learning.generator import Generator, Sampling
+from busgen_cds.learning.recipes import fewshot
+from busgen_cds.learning.recipes.fewshot import Settings
+from tests.learning.generators import data_folder, tiny
+
+TASKS = Path(__file__).parents[2] / "busgen_cds" / "tasks"
+TASK = """
+name = "rare"
+column = "histology"
+surrogate = "painted discs"
+[[classes]]
+name = "cyst"
+values = ["cyst"]
+[[classes]]
+name = "mucinous"
+values = ["mucinous carcinoma"]
+[shots]
+splits = ["{split}"]
+most = 12
+"""
+QUICK = Settings(shots=8, steps=4, report_every=2, batch=4, views=2, rank=2)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return data_folder(tmp_path_factory.mktemp("few") / "data", patients=24)
+
+
+def task(folder: Path, split: str = "train") -> fewshot.Source:
+    path = folder / "task.toml"
+    path.write_text(TASK.format(split=split))
+    return fewshot.read_task(path)
+
+
+def test_an_adapter_is_trained_kept_and_used(root: Path, tmp_path: Path) -> None:
+    """A few images make an adapter with a card; loaded, the generator knows the new label and the old ones."""
+    tiny().save(tmp_path / "base")
+    told: list[fewshot.Report] = []
+    path = fewshot.adapt(tiny(), root, task(tmp_path), tmp_path / "out", QUICK, tell=told.append)
+    assert told[0].step == 0 and len(told) >= 2
+    adapted = Generator.load(tmp_path / "base", adapter=path, device="cpu")
+    assert adapted.card.vocabulary.names["histology"] and adapted.card.vocabulary.names["device"][:2] == ("A", "B")
+    one = adapted.sample(pathology="malignant", labels={"histology": "mucinous carcinoma"}, sampling=Sampling(steps=2))
+    assert one[0].image.any()
+    words = (tmp_path / "out" / fewshot.CARD).read_text()
+    assert "surrogate: painted discs" in words and "audit this adapter apart" in words
+
+
+def test_an_adapter_that_gained_nothing_changes_nothing(root: Path, tmp_path: Path) -> None:
+    """With a rate of zero training stops at once after its patience, and the adapter changes nothing."""
+    base = tiny()
+    base.save(tmp_path / "base")
+    told: list[fewshot.Report] = []
+    still = Settings(**{**vars(QUICK), "rate": 0.0, "steps": 100, "report_every": 1, "patience": 2})
+    path = fewshot.adapt(tiny(), root, task(tmp_path), tmp_path / "out", still, tell=told.append)
+    assert told[-1].step == 2
+    plain, adapted = (Generator.load(tmp_path / "base", adapter=a, device="cpu") for a in (None, path))
+    wish = plain.wish(0, 0, "benign", device="A")
+    x, t = torch.randn(1, 12, 8, 8), torch.tensor([0.4])
+    with torch.inference_mode():
+        one = plain.network(x, t, plain.given([wish]))
+        other = adapted.network(x, t, adapted.given([wish]))
+    assert torch.allclose(one, other, atol=1e-3)  # the labels' embeddings travel in half precision
+
+
+def test_the_backbone_is_untouched(root: Path, tmp_path: Path) -> None:
+    """Only adapters and labels are in the file, and it is small beside the network."""
+    path = fewshot.adapt(tiny(), root, task(tmp_path), tmp_path, QUICK)
+    names = set(checkpoint.read(path)[0])
+    assert names and all("lora_" in name or "class_embedding" in name for name in names)
+
+
+def test_shots_are_whole_patients_in_turn(root: Path, tmp_path: Path) -> None:
+    """The shots are as many as asked for, both classes alike, and no patient both teaches and judges."""
+    shots = fewshot.choose(data.read_manifest(root), task(tmp_path), 8, 0)
+    assert len(shots) == 8 and {row.split for row in shots} == {"train"}
+    assert abs(sum(row.pathology == "benign" for row in shots) - 4) <= 1
+    teach, judge = fewshot.parted(shots, 0.25, 0)
+    assert len(judge) == 2 and not {r.patient for r in teach} & {r.patient for r in judge}
+    assert fewshot.choose(data.read_manifest(root), task(tmp_path), 8, 1) != shots
+
+
+@pytest.mark.parametrize("shots", [4, 65, 13])
+def test_too_few_or_too_many_shots_are_refused(root: Path, tmp_path: Path, shots: int) -> None:
+    """Shots are 8 to 64, or to what the task allows."""
+    with pytest.raises(Misconfigured, match="8 to 12"):
+        fewshot.choose(data.read_manifest(root), task(tmp_path), shots, 0)
+
+
+def test_shots_never_come_from_a_test_split(tmp_path: Path) -> None:
+    """A task file that asks for shots of a test split is refused."""
+    for split in ("test", "device-test", "site-test"):
+        with pytest.raises(Misconfigured, match=split):
+            task(tmp_path, split)
+
+
+@pytest.mark.parametrize("name", ["screening", "diagnosis", "prognosis"])
+def test_the_shipped_tasks_are_read(name: str) -> None:
+    """Screening, diagnosis and prognosis are read by reader and generator alike; the surrogate says what it is."""
+    source = fewshot.read_task(TASKS / f"{name}.toml")
+    assert source.task.name == name and len(source.task.classes) == 2
+    assert bool(source.surrogate) == (name == "prognosis") and (name != "prognosis" or source.most == 32)
+    rows = [data.Row("", "", "", "", "malignant", "", {"pathology": "malignant", "histology": "x"}, 2)]
+    assert np.array(source.task.targets(rows)).shape == (1,)

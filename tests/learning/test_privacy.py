@@ -1,0 +1,117 @@
+"""Attacks on the generator, and whether they would notice."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from busgen_cds.learning import data, embed, privacy
+from busgen_cds.learning.privacy import Seen, Suspect
+from busgen_cds.learning.recipes import audit, synthesise
+from tests.learning.generators import SIZE, data_folder, tiny
+
+
+def noise(count: int, seed: int) -> embed.Squares:
+    """Smooth random images, each unlike all others."""
+    coarse = np.random.default_rng(seed).integers(0, 255, (count, 8, 8)).astype(np.uint8)
+    return np.kron(coarse, np.ones((SIZE // 8, SIZE // 8), np.uint8))
+
+
+def suspect(generated: embed.Squares) -> Suspect:
+    names = [np.array([f"{who}{i}" for i in range(60)]) for who in "ms"]
+    return Suspect("tiny", tiny(), Seen(noise(60, 0), names[0]), Seen(noise(60, 1), names[1]), generated)
+
+
+def leaking(share: float) -> Suspect:
+    """A generator whose images are training images, mirrored, to a known share."""
+    fresh = noise(100, 2)
+    count = round(share * 100)
+    fresh[:count] = embed.mirrored(noise(60, 0))[np.arange(count) % 60]
+    return suspect(fresh)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5])
+def test_a_known_share_of_copies_gives_a_known_figure(share: float) -> None:
+    """The copy rate finds the share of copies that was planted, though they are mirrored, and its interval holds it."""
+    rate = privacy.copy_rate(leaking(share), embed.raw)
+    assert abs(rate.value - share) <= 0.03 and rate.low <= share <= rate.high
+
+
+def test_copies_are_found_both_ways() -> None:
+    """A training image that was copied is counted too."""
+    assert privacy.copied_rate(leaking(0.3), embed.raw).value == pytest.approx(0.5, abs=0.05)
+    assert privacy.copied_rate(leaking(0.0), embed.raw).value <= 0.05
+
+
+def test_a_cropped_copy_is_a_copy() -> None:
+    """A copy that was cropped is found."""
+    assert privacy.copy_rate(suspect(embed.closer(noise(60, 0))), embed.raw).value > 0.9
+
+
+def test_a_blind_attack_concludes_nothing() -> None:
+    """An embedding that sees nothing does not find planted copies, and its verdict says so."""
+    blind = lambda images: np.random.default_rng(0).normal(size=(len(images), 8)).astype(np.float32)  # noqa: E731
+    findings = privacy.copies(leaking(0.5), None, {"blind": blind, "pixels": embed.raw})
+    verdicts = {finding.attack: finding.verdict for finding in findings}
+    assert verdicts["copies (blind)"] == "concludes nothing" and verdicts["copies (pixels)"] == "fails"
+
+
+def test_membership_without_a_control_concludes_nothing(tmp_path: Path) -> None:
+    """An AUC near a half proves nothing where no over-trained generator was caught by the same attack."""
+    found = membership(tmp_path)
+    assert {finding.verdict for finding in privacy.membership(found, None, {})} == {"concludes nothing"}
+
+
+def membership(folder: Path) -> Suspect:
+    makes = tiny()
+    root = data_folder(folder / "data", patients=36)
+    rows = data.read_manifest(root)
+    known, unknown = (
+        audit.seen(makes, root, [r for r in rows if r.split == split], None) for split in ("train", "val")
+    )
+    return Suspect("tiny", makes, known, unknown, known.images)
+
+
+@pytest.mark.slow
+def test_the_attack_catches_an_over_trained_generator(tmp_path: Path) -> None:
+    """The positive control is caught: an over-trained generator's members are told from strangers."""
+    found = membership(tmp_path)
+    settings = audit.Settings(control_members=6, control_steps=60, control_rate=3e-3, control_images=4, batch=12)
+    control = audit.overtrained(found, settings)
+    area, _ = privacy._membership(control)
+    before, _ = privacy._membership(found)
+    assert area.value > 0.75 and area.value > before.value
+    assert len(control.generated) == 4 and "alone" in control.name
+    assert found.makes.network is not control.makes.network
+
+
+def test_a_report_holds_only_when_every_attack_concluded() -> None:
+    """One attack that concluded nothing, or none at all, and the report does not hold; NaN becomes "not measured"."""
+    good = privacy.copies(leaking(0.0), None, {"pixels": embed.raw})[0]
+    mute = dataclasses.replace(good, verdict="concludes nothing", control=privacy._nothing())
+    base = privacy.PrivacyReport("tiny", 60, 60, 100, 110, 10, (good,), "none")
+    assert base.holds
+    assert not dataclasses.replace(base, findings=(good, mute)).holds
+    assert not dataclasses.replace(base, findings=()).holds
+    told = json.loads(dataclasses.replace(base, findings=(mute,)).to_json())
+    assert told["findings"][0]["control"]["value"] is None and told["drop_rate"] == pytest.approx(10 / 110)
+    assert "not measured" in dataclasses.replace(base, findings=(mute,)).to_markdown()
+
+
+def test_an_audit_reads_what_was_generated(tmp_path: Path) -> None:
+    """From a data folder and generated shards to a report: members and strangers share no patient."""
+    root = data_folder(tmp_path / "data", patients=24)
+    card = dataclasses.replace(tiny().card, trained_on=("painted",))
+    makes = tiny()
+    makes.card = card
+    how = synthesise.Settings(count=4, filtered=False, sampling=synthesise.Sampling(steps=2))
+    synthesise.generate(makes, tmp_path / "made", how, None)
+    settings = audit.Settings(control_steps=0)
+    report = audit.audit(makes, "tiny", root, tmp_path / "made", {"pixels": embed.raw}, settings)
+    assert (report.members, report.strangers, report.generated, report.made) == (16, 8, 4, 4)
+    gate = audit.build_filter(makes, root)
+    assert gate.points.shape[0] == 32 and gate.threshold > 0
