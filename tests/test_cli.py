@@ -1,0 +1,142 @@
+"""The commands as their users run them: what they print, what they leave, how they end."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from busgen_cds.dicom import outbox
+from tests import images
+from tests.pacs import Pacs
+
+KEYS = {
+    "study_instance_uid", "outcome", "reason", "revision", "bundle", "provider", "prevalence", "study", "findings",
+    "images_read", "images_not_analysed", "objects", "seconds",
+}  # fmt: skip
+
+
+def busgen_cds(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "busgen_cds", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def scanned(folder: Path, **study: object) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, data in enumerate(images.breast_study(**study)):  # type: ignore[arg-type]
+        (folder / f"{number}.dcm").write_bytes(data)
+    return folder
+
+
+def test_read_answers_every_study_and_every_refusal(tmp_path: Path) -> None:
+    """`read` writes one object for each study and each unreadable file, and ends with 0 also for refusals."""
+    scanned(tmp_path / "in" / "a", n=2, seed=1)
+    scanned(tmp_path / "in" / "b", n=1, seed=2, doppler="all")
+    (tmp_path / "in" / "notes.txt").write_text("no DICOM")
+    done = busgen_cds("read", tmp_path / "in", "--out", tmp_path / "out", "--json")
+    assert done.returncode == 0, done.stderr
+    documents = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert json.loads(done.stdout) == documents
+    assert all(set(each) == KEYS for each in documents)
+    outcomes = {each["study_instance_uid"]: each["outcome"] for each in documents}
+    assert outcomes[images.uid("study", 1)] in {"assessed", "declined"}
+    assert outcomes[images.uid("study", 2)] == "not-for-us"
+    assert "notes.txt" in next(each["reason"] for each in documents if not each["study_instance_uid"])
+    for each in documents:
+        assert all((tmp_path / "out" / name).is_file() for name in each["objects"])
+
+
+def test_read_states_the_prevalence_it_used(tmp_path: Path) -> None:
+    """`read --prevalence` moves the probability and states what it was moved to; without it, the calibration's."""
+    scanned(tmp_path / "in", seed=3)
+    said = []
+    for more in ([], ["--prevalence", "0.01"]):
+        done = busgen_cds("read", tmp_path / "in", "--out", tmp_path / "out", "--json", *more)
+        said.append(json.loads(done.stdout)[0])
+    if said[0]["outcome"] == "assessed":
+        assert said[0]["prevalence"]["stated"] == said[0]["prevalence"]["calibrated_at"]
+        assert said[1]["prevalence"]["stated"] == 0.01
+        before, after = (each["study"]["probability_of_malignancy"] for each in said)
+        assert after < before
+
+
+def test_a_site_is_made_once_and_checked(tmp_path: Path) -> None:
+    """`init` makes a site that `check` finds good, and never overwrites one."""
+    pacs = Pacs().comes_up()
+    site = tmp_path / "site"
+    make = ["init", site, "--prevalence", "0.05", "--allow", "US1@127.0.0.1", "--pacs"]
+    try:
+        assert busgen_cds(*make, f"{pacs.ae_title}@{pacs.host}:{pacs.port}").returncode == 0
+        assert (site / "keys" / "site.key").stat().st_mode & 0o077 == 0
+        done = busgen_cds("check", "-c", site, "--json")
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert {"settings", "database and keys", "bundle", "engine", "echo to pacs"} <= {
+            each["what"] for each in json.loads(done.stdout)
+        }
+        again = busgen_cds(*make, f"{pacs.ae_title}@{pacs.host}:{pacs.port}")
+        assert again.returncode == 2
+        assert "already" in again.stderr
+    finally:
+        pacs.goes_down()
+    done = busgen_cds("check", "-c", site, "--json")
+    assert done.returncode == 1
+    assert any("cannot be reached" in each["found"] for each in json.loads(done.stdout) if not each["good"])
+
+
+def test_no_site_without_a_prevalence(tmp_path: Path) -> None:
+    """`init` without a prevalence is refused as wrong usage."""
+    done = busgen_cds("init", tmp_path / "site", "--allow", "US1")
+    assert done.returncode == 2
+    assert "prevalence" in done.stderr
+
+
+def test_a_wrong_folder_says_what_to_do(tmp_path: Path) -> None:
+    """A verb that needs a site and finds none names the command that makes one."""
+    done = busgen_cds("queue", "-c", tmp_path)
+    assert done.returncode == 2
+    assert "busgen-cds init" in done.stderr
+
+
+def test_send_sends_what_is_dicom_and_names_what_is_not(tmp_path: Path) -> None:
+    """`send` stores every DICOM file at the node, and names every file that it leaves out."""
+    scanned(tmp_path / "in", n=3, seed=4)
+    (tmp_path / "in" / "readme.txt").write_text("no DICOM")
+    pacs = Pacs().comes_up()
+    try:
+        done = busgen_cds("send", tmp_path / "in", "--to", f"{pacs.ae_title}@{pacs.host}:{pacs.port}")
+    finally:
+        pacs.goes_down()
+    assert len(pacs.objects) == 3
+    assert done.returncode == 1
+    assert "readme.txt" in done.stderr
+
+
+@pytest.mark.parametrize("verb", ["read", "send", "check", "queue", "results", "demo", "bundle", "train", "evaluate"])
+def test_every_verb_explains_itself(verb: str) -> None:
+    """Every verb has help that says what it does."""
+    done = busgen_cds(verb, "--help")
+    assert done.returncode == 0
+    assert "Usage" in done.stdout
+
+
+def test_the_shipped_bundle_verifies() -> None:
+    """The bundle that ships is signed by a release key that ships, and says so."""
+    done = busgen_cds("bundle", "verify")
+    assert done.returncode == 0, done.stderr
+    assert "signature and files hold" in done.stdout
+
+
+def test_the_demonstration_ends_with_the_answer_in_the_pacs(tmp_path: Path) -> None:
+    """`demo --once` ends by itself: assessed by the shipped bundle, the objects stored in the PACS."""
+    done = busgen_cds("demo", "--once", "--folder", tmp_path / "demo")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "assessed" in done.stdout
+    assert len(list((tmp_path / "demo" / "pacs").glob("*.dcm"))) >= 4
+
+
+def test_outbox_is_told_by_the_node_it_is() -> None:
+    """A node shows its name and address to an operator."""
+    assert str(outbox.Node("pacs", "PACS", "10.0.0.1", 104)) == "pacs (PACS@10.0.0.1:104)"
