@@ -43,7 +43,7 @@ def result(saying: Saying) -> None:
     _require(answer.study_uid == study.uid, "the Result is of another study")
     _require(answer.evidence_digest == study.evidence_digest, "the Result was made from other images")
     _require(answer.revision >= 1, f"revision {answer.revision}: revisions count from 1")
-    _require(bool(study.images), "the study has no image to refer to")
+    _require(bool(study.frames), "the study has no image to refer to")
     if isinstance(answer, Declined):
         _require(bool(answer.reason.strip()), "declined without a reason")
         return
@@ -96,7 +96,7 @@ def _report(ds: Dataset, saying: Saying) -> None:
     items = list(content.walk(ds))
     observers = _values(items, report.OBSERVER_TYPE)
     _require(observers == [report.DEVICE[:2]], "the observer is not a device")
-    known = {source.sop_instance_uid: source for source in saying.study.images}
+    known = {frame.source.sop_instance_uid: frame.source for frame in saying.study.frames}
     for item in items:
         _require(_value(item) not in NEVER, f"category {_value(item)} is not ours to state")
         if item.ValueType == "SCOORD":
@@ -218,7 +218,7 @@ def _segmentation(ds: Dataset, saying: Saying) -> None:
 
 
 def _presentation(ds: Dataset, saying: Saying) -> None:
-    known = {source.sop_instance_uid: source for source in saying.study.images}
+    known = {frame.source.sop_instance_uid: frame.source for frame in saying.study.frames}
     tracked = {saying.tracking_uid(n) for n in range(1, len(saying.findings) + 1)}
     for annotation in ds.GraphicAnnotationSequence:
         source = known.get(str(annotation.ReferencedImageSequence[0].ReferencedSOPInstanceUID))

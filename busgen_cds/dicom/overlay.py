@@ -45,8 +45,8 @@ def secondary_captures(saying: Saying) -> tuple[Dataset, ...]:
     if not key_images:
         return (_capture(saying, picture.without_image(saying), (), 0),)
     return tuple(
-        _capture(saying, picture.of_frame(saying, frame, numbers, heat), (frame,), index)
-        for index, (frame, numbers, heat) in enumerate(key_images)
+        _capture(saying, picture.of_frame(saying, frame, numbers, heats), (frame,), index)
+        for index, (frame, numbers, heats) in enumerate(key_images)
     )
 
 
@@ -60,15 +60,21 @@ def presentation_states(saying: Saying) -> tuple[Dataset, ...]:
     return tuple(_presentation(saying, numbers, i) for i, numbers in enumerate(_by_instance(saying)))
 
 
-def _key_images(saying: Saying, result: Assessed) -> list[tuple[Frame, list[int], HeatMap | None]]:
-    """The frames that findings were seen on, with the findings' numbers and the evidence."""
+def _key_images(saying: Saying, result: Assessed) -> list[tuple[Frame, list[int], list[HeatMap]]]:
+    """The frames that findings were seen on, with the findings' numbers and the evidence over each region."""
     frames = {_address(frame.source): frame for frame in saying.study.frames}
     seen: dict[tuple[str, int], list[int]] = {}
     for number, finding in enumerate(saying.findings, 1):
         seen.setdefault(_address(finding.source), []).append(number)
     if not seen and result.key_image is not None:
-        return [(frames[_address(result.key_image)], [], result.key_heat)]
-    return [(frames[address], numbers, saying.findings[numbers[0] - 1].heat) for address, numbers in seen.items()]
+        return [(frames[_address(result.key_image)], [], [heat for heat in (result.key_heat,) if heat is not None])]
+    return [(frames[address], numbers, _heats(saying, numbers)) for address, numbers in seen.items()]
+
+
+def _heats(saying: Saying, numbers: list[int]) -> list[HeatMap]:
+    """One for each region: a dual screen has two in one frame."""
+    heats = [saying.findings[number - 1].heat for number in numbers]
+    return list({heat.region: heat for heat in reversed(heats) if heat is not None}.values())
 
 
 def _address(source: Source) -> tuple[str, int]:

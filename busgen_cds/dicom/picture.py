@@ -86,17 +86,18 @@ class Page:
         return Picture(np.array(self.image), tuple(self.texts))
 
 
-def of_frame(saying: Saying, frame: Frame, findings: Sequence[int], heat: HeatMap | None) -> Picture:
+def of_frame(saying: Saying, frame: Frame, findings: Sequence[int], heats: Sequence[HeatMap]) -> Picture:
     """One key image with the findings (by number) seen on it."""
     page = _sheet(saying)
-    shown = _show(page, saying, frame, heat)
+    shown = _show(page, saying, frame, heats)
     for number in findings:
         _outline(page, saying.findings[number - 1], number, frame, shown)
     if frame.spacing is not None:
         _scale_bar(page, shown, (shown[2] - shown[0]) / frame.source.columns / frame.spacing.column)
     y = _finding_words(page, saying, findings) if findings else _nothing_found(page, saying)
     _study_words(page, saying, y)
-    _colour_bar(page, saying, heat)
+    if heats:
+        _colour_bar(page, saying)
     return page.done()
 
 
@@ -144,7 +145,7 @@ def _sheet(saying: Saying) -> Page:
     return page
 
 
-def _show(page: Page, saying: Saying, frame: Frame, heat: HeatMap | None) -> Box:
+def _show(page: Page, saying: Saying, frame: Frame, heats: Sequence[HeatMap]) -> Box:
     """The frame, as large as fits with square millimetres, with the evidence over it; answers where it stands."""
     stretch = frame.spacing.row / frame.spacing.column if frame.spacing else 1.0
     rows, columns = frame.source.rows * stretch, frame.source.columns
@@ -152,11 +153,11 @@ def _show(page: Page, saying: Saying, frame: Frame, heat: HeatMap | None) -> Box
     width, height = max(1, round(columns * scale)), max(1, round(rows * scale))
     left, top = IMAGE[0] + (IMAGE[2] - IMAGE[0] - width) // 2, IMAGE[1] + (IMAGE[3] - IMAGE[1] - height) // 2
     picture = Image.fromarray(frame.grey).resize((width, height), Image.Resampling.BICUBIC).convert("RGB")
-    if heat is not None:
+    for heat in heats:
         picture = _with_evidence(picture, saying, frame, heat)
     page.image.paste(picture, (left, top))
     page.draw.rectangle((left - 1, top - 1, left + width, top + height), outline=RULE)
-    caption = saying.template.text("picture.caption" if heat is not None else "picture.no_caption", saying.words)
+    caption = saying.template.text("picture.caption" if heats else "picture.no_caption", saying.words)
     page.write((IMAGE[0], IMAGE[3] + 14), caption, 22, WHITE)
     return left, top, left + width, top + height
 
@@ -237,10 +238,8 @@ def _study_words(page: Page, saying: Saying, y: float) -> None:
             y = page.write((PANEL[0], y), line, 18, SOFT, width=PANEL[2] - PANEL[0], bottom=ABOVE_BAR)
 
 
-def _colour_bar(page: Page, saying: Saying, heat: HeatMap | None) -> None:
+def _colour_bar(page: Page, saying: Saying) -> None:
     """What the colours mean, over mid grey as over tissue."""
-    if heat is None:
-        return
     template = saying.template
     threshold, full = template.number("picture.heat.threshold"), template.number("picture.heat.full_scale")
     left, top, wide, high = PANEL[0], PANEL[3] - 26, PANEL[2] - PANEL[0], 26

@@ -10,7 +10,7 @@ Rules:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pydicom.dataset import Dataset
@@ -78,7 +78,9 @@ def structured_report(saying: Saying) -> Dataset:
     put(ds, "PreliminaryFlag", "PRELIMINARY")
     put(ds, "ReferencedPerformedProcedureStepSequence", [])
     put(ds, "PerformedProcedureCodeSequence", [])
-    _add_evidence(ds, saying, saying.study.images)
+    referenced, others = _evidence(saying)
+    _add_evidence(ds, saying, "CurrentRequestedProcedureEvidenceSequence", referenced)
+    _add_evidence(ds, saying, "PertinentOtherEvidenceSequence", others)
     _add_predecessors(ds, saying)
     ds.update(_root(saying))
     return ds
@@ -89,7 +91,7 @@ def rejection_note(saying: Saying) -> Dataset:
     replaced = [_as_source(old) for old in saying.predecessors("sr", "sc", "seg", "pr")]
     ds = headers.begin(saying, "ko", KEY_OBJECT_SELECTION)
     put(ds, "ReferencedPerformedProcedureStepSequence", [])
-    _add_evidence(ds, saying, replaced)
+    _add_evidence(ds, saying, "CurrentRequestedProcedureEvidenceSequence", replaced)
     template = saying.template
     description = template.text("rejection.description", saying.words)
     children = [
@@ -134,8 +136,23 @@ def _observer(saying: Saying) -> Iterator[Dataset]:
     yield content.text(DEVICE_SERIAL, bundle.digest[:16], OBSERVED)
 
 
+def _evidence(saying: Saying) -> tuple[tuple[Source, ...], tuple[Source, ...]]:
+    """The instances that the report's tree refers to, and those left out that say who they are."""
+    read = instances([frame.source for frame in saying.study.frames])
+    known = {source.sop_instance_uid for source in read}
+    left_out = instances([left.source for left in saying.study.not_analysed])
+    return read, tuple(
+        source
+        for source in left_out
+        if source.sop_instance_uid not in known
+        and source.sop_class_uid
+        and source.sop_instance_uid
+        and source.series_instance_uid
+    )
+
+
 def _library(saying: Saying) -> Dataset:
-    """PS3.16 TID 1600: every image that was looked at or left out."""
+    """PS3.16 TID 1600: every image that was looked at."""
     modality = saying.template.code("report.modality")
     entries = [
         content.image(
@@ -148,7 +165,7 @@ def _library(saying: Saying) -> Dataset:
                 content.number(COLUMNS, source.columns, PIXELS, relation=ACQUIRED),
             ],
         )
-        for source in instances(saying.study.images)
+        for source in _evidence(saying)[0]
     ]
     return content.container(LIBRARY, [content.container(LIBRARY_GROUP, entries)])
 
@@ -232,13 +249,13 @@ def kind_of_answer(saying: Saying) -> str:
     return "found" if saying.findings else "nothing_found"
 
 
-def _add_evidence(ds: Dataset, saying: Saying, sources: tuple[Source, ...] | list[Source]) -> None:
+def _add_evidence(ds: Dataset, saying: Saying, keyword: str, sources: Sequence[Source]) -> None:
     if not sources:
         return
     study = Dataset()
     put(study, "StudyInstanceUID", saying.study.uid)
     put(study, "ReferencedSeriesSequence", headers.by_series(sources, "ReferencedSOPSequence"))
-    put(ds, "CurrentRequestedProcedureEvidenceSequence", [study])
+    put(ds, keyword, [study])
 
 
 def _add_predecessors(ds: Dataset, saying: Saying) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from typing import Any
 
@@ -86,6 +87,21 @@ def test_evidence_has_one_absolute_scale() -> None:
         picture.colours(mixed, threshold, full), picture.colours(below, threshold, full), strict=True
     ):
         assert (whole[1:] == part[1:]).all()
+
+
+def test_both_halves_of_a_dual_screen_show_their_evidence() -> None:
+    """Two regions of one frame, each with a finding: one picture, with the evidence over both."""
+    study = answers.breast()
+    frame = study.frames[0]
+    left, right = frame.region._replace(right=390), frame.region._replace(left=410)
+    small = [(x / 3 + 130, y / 3 + 200) for x, y in answers.finding(frame).contour]
+    first = answers.finding(frame, contour=tuple(small), heat=answers.heat(left))
+    second = answers.finding(frame, "3", contour=tuple((x + 260, y) for x, y in small), heat=answers.heat(right))
+    study = dataclasses.replace(study, frames=tuple(dataclasses.replace(frame, region=each) for each in (left, right)))
+    both, one = (drawn(study, answers.assessed(study, *found)) for found in ((first, second), (first,)))
+    changed = np.nonzero((both != one).any(-1)[200:700, picture.IMAGE[0] : picture.IMAGE[2]])[1]
+    assert changed.min() > 400 * (picture.IMAGE[2] - picture.IMAGE[0]) / 800
+    assert len(shown("sc", study, answers.assessed(study, first, second))) == 1
 
 
 def test_faint_evidence_leaves_the_image_as_it_was() -> None:

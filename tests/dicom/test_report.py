@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from typing import Any
 
@@ -14,7 +15,7 @@ from busgen_cds.birads import Category
 from busgen_cds.dicom import checks, content, headers, objects, report, templates
 from busgen_cds.dicom.saying import Saying
 from busgen_cds.result import Result
-from busgen_cds.study import Study
+from busgen_cds.study import NotAnalysed, Source, Study
 from tests.dicom import answers, golden
 
 REPORT = objects.Profile(("sr",))
@@ -189,11 +190,19 @@ def test_replaced_objects_are_rejected_where_the_pacs_takes_it() -> None:
 
 
 def test_every_image_of_the_study_is_evidence() -> None:
-    """The report refers to each image received, read or left out."""
+    """The report refers to each image read, and names each one left out that says who it is."""
     study = answers.breast(3, left_out=("no B-mode",))
+    nameless = NotAnalysed(Source("", "", "", 0, 0), "damaged: it cannot be read")
+    study = dataclasses.replace(study, not_analysed=(*study.not_analysed, nameless))
     ds = reported(study, answers.assessed(study, answers.finding(study.frames[0])))
-    (series,) = ds.CurrentRequestedProcedureEvidenceSequence[0].ReferencedSeriesSequence
-    assert {i.ReferencedSOPInstanceUID for i in series.ReferencedSOPSequence} == {uid for uid, _ in study.received}
+    named = [
+        {item.ReferencedSOPInstanceUID for item in evidence[0].ReferencedSeriesSequence[0].ReferencedSOPSequence}
+        for evidence in (ds.CurrentRequestedProcedureEvidenceSequence, ds.PertinentOtherEvidenceSequence)
+    ]
+    assert named == [
+        {frame.source.sop_instance_uid for frame in study.frames}, {study.not_analysed[0].source.sop_instance_uid},
+    ]  # fmt: skip
+    assert "2 of 4 images analysed; 1 not analysed: no B-mode; 1 not analysed: damaged" in texts(ds)
 
 
 @pytest.mark.parametrize("name", golden.known())
