@@ -43,7 +43,8 @@ class WorklistTable(Base):
     __tablename__ = "worklist"
     __table_args__ = (
         sa.Index("ix_worklist_triage", "read", "place", "received_at"),
-        sa.Index("ix_worklist_said", "said", "read"),
+        sa.Index("ix_worklist_said", "said", "read", "place", "received_at"),
+        sa.Index("ix_worklist_word", "read", "word_at"),
         sa.Index("ix_worklist_answered", "answered_at"),
         sa.Index("ix_worklist_stuck", "stuck", "read"),
         sa.Index("ix_worklist_received", "last_received_at"),
@@ -74,12 +75,15 @@ class WorklistTable(Base):
 
 
 class FollowedTable(Base):
-    """Up to which entry of the record the worklist was brought."""
+    """Up to which entry of the record the worklist was brought, and how long it is: counting it anew takes too long."""
 
     __tablename__ = "worklist_followed"
 
     id: Mapped[int] = mapped_column(primary_key=True)
-    number: Mapped[int] = mapped_column(sa.BigInteger)
+    number: Mapped[int] = mapped_column(sa.BigInteger, default=0)
+    unread: Mapped[int] = mapped_column(default=0)
+    stuck: Mapped[int] = mapped_column(default=0)
+    read: Mapped[int] = mapped_column(default=0)
 
 
 _rows, _followed, _acts = table_of(WorklistTable), table_of(FollowedTable), table_of(ActRow)
@@ -160,12 +164,10 @@ class Worklist:
         return ref
 
     def counts(self) -> Counts:
+        query = sa.select(_followed.c.unread, _followed.c.stuck, _followed.c.read)
         with self._database.reading() as session:
-            by_read = {
-                read: n for read, n in session.execute(sa.select(_rows.c.read, sa.func.count()).group_by(_rows.c.read))
-            }
-            stuck = session.execute(sa.select(sa.func.count()).where(_rows.c.stuck > "")).scalar_one()
-        return Counts(unread=by_read.get(False, 0), stuck=stuck, read=by_read.get(True, 0))
+            row = session.execute(query).first()
+        return Counts(*row) if row else Counts(0, 0, 0)
 
     def patients(self, study_refs: Sequence[str]) -> dict[str, str]:
         """The patient ids of the studies on one page."""
@@ -213,14 +215,13 @@ class Worklist:
         if last <= seen:
             return 0
         with self._database.transaction() as session:
-            seen = session.execute(sa.select(_followed.c.number)).scalar()
-            named = _acts.c.study_ref.is_not(None) & (_acts.c.number > (seen or 0)) & (_acts.c.number <= last)
+            seen = _followed_row(session).number
+            named = _acts.c.study_ref.is_not(None) & (_acts.c.number > seen) & (_acts.c.number <= last)
             refs = set(session.execute(sa.select(_acts.c.study_ref).where(named).distinct()).scalars())
             refs |= set(
                 session.execute(sa.select(_rows.c.study_ref).where(_rows.c.stuck > "").limit(AT_ONCE)).scalars()
             )
-            change = sa.insert(_followed).values(id=1) if seen is None else sa.update(_followed)
-            session.execute(change.values(number=last))
+            session.execute(sa.update(_followed).values(number=max(seen, last)))
             return self._renew(session, refs)
 
     def refresh(self, study_ref: str) -> None:
@@ -230,20 +231,23 @@ class Worklist:
     def rebuild(self) -> int:
         with self._database.transaction() as session:
             session.execute(sa.delete(_rows))
+            _followed_row(session)
+            session.execute(sa.update(_followed).values(unread=0, stuck=0, read=0))
             return self._renew(session, session.execute(sa.select(_studies.c.ref)).scalars().all())
 
     def _renew(self, session: Session, study_refs: Iterable[str]) -> int:
+        _followed_row(session)
         refs, changed = sorted(study_refs), 0
         for start in range(0, len(refs), AT_ONCE):
             part = refs[start : start + AT_ONCE]
             query = sa.select(_rows).where(_rows.c.study_ref.in_(part))
-            before = {row.study_ref: dict(row._mapping) for row in session.execute(query)}
-            now = {row.study_ref: dataclasses.asdict(row) for row in _made(session, part)}
+            before = {row.study_ref: Row(**row._mapping) for row in session.execute(query)}
+            now = {row.study_ref: row for row in _made(session, part)}
             different = [ref for ref in now if before.get(ref) != now[ref]]
             gone = [ref for ref in before if ref not in now]
-            session.execute(sa.delete(_rows).where(_rows.c.study_ref.in_([*different, *gone])))
-            if different:
-                session.execute(sa.insert(_rows), [now[ref] for ref in different])
+            _replace(
+                session, [before[ref] for ref in (*different, *gone) if ref in before], [now[r] for r in different]
+            )
             changed += len(different) + len(gone)
         return changed
 
@@ -258,6 +262,29 @@ class Worklist:
         if said:
             conditions.append(_rows.c.said == said)
         return conditions
+
+
+def _followed_row(session: Session) -> sa.Row[Any]:
+    row = session.execute(sa.select(_followed)).first()
+    if row is None:
+        session.execute(sa.insert(_followed).values(id=1, number=0, unread=0, stuck=0, read=0))
+        row = session.execute(sa.select(_followed)).one()
+    return row
+
+
+def _replace(session: Session, old: Sequence[Row], new: Sequence[Row]) -> None:
+    """Rows and counts change together."""
+    if old:
+        session.execute(sa.delete(_rows).where(_rows.c.study_ref.in_([row.study_ref for row in old])))
+    if new:
+        session.execute(sa.insert(_rows), [dataclasses.asdict(row) for row in new])
+    if old or new:
+        more = {
+            "unread": sum(not row.read for row in new) - sum(not row.read for row in old),
+            "read": sum(row.read for row in new) - sum(row.read for row in old),
+            "stuck": sum(row.stuck != "" for row in new) - sum(row.stuck != "" for row in old),
+        }
+        session.execute(sa.update(_followed).values({name: _followed.c[name] + by for name, by in more.items()}))
 
 
 def _made(session: Session, refs: Sequence[str]) -> list[Row]:

@@ -151,7 +151,10 @@ def flat(figures: Any, name: str = "") -> list[tuple[str, str]]:
     if isinstance(figures, list | tuple):
         if len(figures) > 8:
             return [(name, f"{len(figures)} values")]
-        return [(name, " – ".join(_figure(each) for each in figures))]
+        if len(figures) == 3 and all(isinstance(each, float) for each in figures):  # a figure and its interval
+            value, low, high = map(_figure, figures)
+            return [(name, f"{value} ({low} to {high})")]
+        return [(name, ", ".join(_figure(each) for each in figures))]
     return [(name, _figure(figures))]
 
 

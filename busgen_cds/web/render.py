@@ -66,7 +66,7 @@ def size(count: float) -> str:
     return f"{count:.1f} TiB"
 
 
-def chip(birads: str | None, outcome: str = "assessed") -> Markup:
+def chip(birads: str | None, outcome: str = "assessed", stuck: str = "") -> Markup:
     """The category, in words as well as in colour."""
     if outcome == "assessed" and birads is None:
         return Markup('<span class="chip none" title="No lesion found">none</span>')
@@ -75,7 +75,7 @@ def chip(birads: str | None, outcome: str = "assessed") -> Markup:
     if outcome == "not-for-us":
         return Markup('<span class="chip none" title="Not breast B-mode ultrasound">not for us</span>')
     if not outcome:
-        return Markup('<span class="chip waiting">waiting</span>')
+        return Markup('<span class="chip waiting">{}</span>').format("no answer" if stuck else "waiting")
     kind = _CHIP.get(birads or "", "none")
     return Markup('<span class="chip {}" title="BI-RADS-style category {}">{}</span>').format(kind, birads, birads)
 

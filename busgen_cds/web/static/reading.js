@@ -23,7 +23,7 @@
   const at = { slide: 0, frame: 1, zoom: 1, x: 0, y: 0, window: { ...FULL }, finding: 0 };
   const shown = { contour: true, heat: false, mask: false };
   const pictures = new Map(); // "uid/frame" → Promise of ImageBitmap
-  const veils = new Map(); // finding → Promise of ImageBitmap
+  const veils = new Map(); // finding → ImageBitmap, or null while it is on its way
   let edit = null; // { number, points, dragged }
   let playing = 0;
   let painted = null; // what the canvas of the frame itself holds
@@ -53,11 +53,14 @@
     const region = number ? data.findings[number - 1].heat : data.keyHeat;
     if (!region) return null;
     if (!veils.has(number)) {
-      const asked = fetch(`/studies/${data.study}/evidence/${data.revision}/${number}`)
-        .then((answer) => (answer.ok ? answer.blob() : Promise.reject(new Error("no map"))))
-        .then(createImageBitmap);
-      asked.catch(() => veils.delete(number));
-      veils.set(number, asked);
+      veils.set(number, null);
+      fetch(`/studies/${data.study}/evidence/${data.revision}/${number}`)
+        .then(async (answer) => {
+          if (!answer.ok) throw new Error(await answer.text());
+          veils.set(number, await createImageBitmap(await answer.blob()));
+          draw();
+        })
+        .catch((failed) => tell(failed.message || "The evidence map cannot be shown.", true));
     }
     return { region, picture: veils.get(number) };
   }
@@ -121,7 +124,7 @@
     pen.setTransform(t.kx * ratio, 0, 0, t.ky * ratio, t.x * ratio, t.y * ratio);
     pen.imageSmoothingQuality = "high";
     pen.drawImage(own, 0, 0);
-    await paintVeil(pen);
+    paintVeil(pen);
     outline(t);
     words(t);
     ahead();
@@ -147,7 +150,7 @@
     pen.putImageData(image, 0, 0);
   }
 
-  async function paintVeil(pen) {
+  function paintVeil(pen) {
     const caption = document.getElementById("caption");
     const numbers = here().map((each) => each.number);
     if (!numbers.length && data.key && data.key.uid === slide().uid && data.key.frame === at.frame) numbers.push(0);
@@ -156,9 +159,10 @@
     caption.textContent = maps.length
       ? "Evidence for the score, not the extent of a lesion"
       : "No evidence map for this frame";
-    for (const { region, picture: asked } of maps.slice(0, 1)) {
+    view.dataset.veiled = String(maps.some((map) => map.picture));
+    for (const { region, picture: ready } of maps) {
       const [left, top, right, bottom] = region;
-      pen.drawImage(await asked, left, top, right - left, bottom - top);
+      if (ready) pen.drawImage(ready, left, top, right - left, bottom - top);
     }
   }
 
@@ -391,7 +395,7 @@
     if (form) form.hidden = true;
     edit = null;
     view.classList.remove("editing");
-    view.focus({ preventScroll: true });
+    document.querySelector(`[data-edit="${at.finding}"]`)?.focus();
     draw();
   }
 
@@ -513,7 +517,6 @@
   const index = start ? data.slides.findIndex((each) => each.uid === start.uid) : -1;
   if (first && index >= 0) at.finding = 1;
   go(Math.max(0, index), index >= 0 ? start.frame : 1);
-  view.focus({ preventScroll: true });
 
   // -- words, with or without an image
 

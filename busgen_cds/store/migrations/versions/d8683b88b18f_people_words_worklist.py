@@ -57,7 +57,8 @@ def upgrade() -> None:
     with op.batch_alter_table("worklist", schema=None) as batch_op:
         batch_op.create_index("ix_worklist_answered", ["answered_at"], unique=False)
         batch_op.create_index("ix_worklist_received", ["last_received_at"], unique=False)
-        batch_op.create_index("ix_worklist_said", ["said", "read"], unique=False)
+        batch_op.create_index("ix_worklist_said", ["said", "read", "place", "received_at"], unique=False)
+        batch_op.create_index("ix_worklist_word", ["read", "word_at"], unique=False)
         batch_op.create_index("ix_worklist_stuck", ["stuck", "read"], unique=False)
         batch_op.create_index("ix_worklist_triage", ["read", "place", "received_at"], unique=False)
 
@@ -65,6 +66,9 @@ def upgrade() -> None:
         "worklist_followed",
         sa.Column("id", sa.Integer(), nullable=False),
         sa.Column("number", sa.BigInteger(), nullable=False),
+        sa.Column("unread", sa.Integer(), nullable=False),
+        sa.Column("stuck", sa.Integer(), nullable=False),
+        sa.Column("read", sa.Integer(), nullable=False),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_worklist_followed")),
     )
     op.create_table(
