@@ -1,4 +1,4 @@
-"""The laboratory's verbs: what trains, measures and seals a reader.
+"""The laboratory's verbs: what trains, measures and seals a reader, and what makes images and shares them.
 
 Rules: torch is imported inside the verbs, so that a clinic's program starts without it.
 """
@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from busgen_cds.bundle import Bundle
+    from busgen_cds.learning.generator import Generator
     from busgen_cds.learning.recipes.train_reader import Report
+    from busgen_cds.learning.release import Filter
 
 app = typer.Typer(no_args_is_help=True, help="Train, measure and seal models.")
 console = Console()
@@ -287,3 +289,258 @@ def _steps(what: str, total: int) -> Callable[[Any], None]:
 
 def _parts(what: str) -> Callable[[int, int], None]:
     return lambda done, total: console.print(f"{what} {done}/{total}")
+
+
+Weights = Annotated[Path | None, typer.Option("--generator", help="Folder of the generator; the package's without it.")]
+Adapter = Annotated[Path | None, typer.Option(help="A few-shot adapter of that generator.")]
+ImageNet = Annotated[Path | None, typer.Option("--init", help="ImageNet encoder (npz).")]
+ReaderRun = Annotated[Path | None, typer.Option("--reader", help="Checkpoint of a reader trained on real images only.")]
+
+
+def _generator(folder: Path | None, adapter: Path | None = None) -> Generator:
+    from busgen_cds.learning import generator
+
+    return generator.Generator.load(folder or generator.SHIPPED, adapter=adapter)
+
+
+def _gate(folder: Path | None) -> Filter | None:
+    from busgen_cds.learning import generator, release
+
+    path = (folder or generator.SHIPPED) / release.FILE
+    return release.load(path) if path.exists() else None
+
+
+@app.command()
+def generate(
+    out: Annotated[Path, typer.Option(help="Folder of the images; an unfinished one goes on.")],
+    count: int = 100,
+    mix: Annotated[str, typer.Option(help="Pathologies and their shares.")] = "benign=0.5,malignant=0.5",
+    device: Annotated[
+        list[str] | None, typer.Option(help="Devices to draw from; all that are known without it.")
+    ] = None,
+    label: Annotated[list[str] | None, typer.Option(help="A task's own label, as condition=value.")] = None,
+    generator: Weights = None,
+    adapter: Adapter = None,
+    seed: int = 0,
+    shard: int = 256,
+    unfiltered: Annotated[bool, typer.Option(help="For measurements only: nothing is dropped.")] = False,
+) -> None:
+    """Make images with masks and labels; each passes the release filter."""
+    from rich.progress import Progress
+
+    from busgen_cds.learning.recipes import synthesise
+
+    settings = synthesise.Settings(
+        count=count,
+        seed=seed,
+        mix={name: float(share) for name, share in _pairs(mix.split(","))},
+        devices=tuple(device or ()),
+        labels=dict(_pairs(label or [])),
+        shard=shard,
+        filtered=not unfiltered,
+    )
+    with Progress(console=console) as progress:
+        bar = progress.add_task("images", total=count)
+        made = synthesise.generate(
+            _generator(generator, adapter),
+            out,
+            settings,
+            _gate(generator),
+            lambda done, total: progress.update(bar, completed=done, total=total),
+        )
+    console.print(f"{made.released} images in {out}; {made.dropped} of {made.made} were too near to a training image.")
+
+
+def _pairs(texts: list[str]) -> list[tuple[str, str]]:
+    pairs = [(name, value) for name, is_there, value in (text.partition("=") for text in texts) if is_there]
+    if len(pairs) != len(texts):
+        raise typer.BadParameter(f"expected name=value, got {', '.join(texts)}")
+    return pairs
+
+
+@app.command()
+def fewshot(
+    task: Annotated[Path, typer.Option(help="Task file.")],
+    out: Annotated[Path, typer.Option(help="Folder of the adapter and its card.")],
+    shots: Annotated[int, typer.Option(help="Images to learn from, 8 to 64.")] = 32,
+    generator: Weights = None,
+    data: Data = None,
+    rank: int = 8,
+    seed: int = 0,
+    steps: int = 600,
+    cache: Cache = Path("runs/cache"),
+) -> None:
+    """Adapt the generator to a task from a few images; the backbone stays as it is."""
+    from busgen_cds.learning.recipes import fewshot as recipe
+
+    settings = recipe.Settings(shots=shots, rank=rank, seed=seed, steps=steps)
+    source = recipe.read_task(task)
+    path = recipe.adapt(_generator(generator), _root(data), source, out, settings, cache, _steps("adapter", steps))
+    console.print(f"Adapter: {path} ({path.stat().st_size / 1e6:.1f} MB); its card: {path.with_name(recipe.CARD)}")
+
+
+@app.command()
+def privacy(
+    images: Annotated[Path | None, typer.Option(help="Generated images to audit.")] = None,
+    generator: Weights = None,
+    adapter: Adapter = None,
+    task: Annotated[Path | None, typer.Option(help="The adapter's task file: its shots are the members.")] = None,
+    shots: int = 32,
+    data: Data = None,
+    init: ImageNet = None,
+    reader: ReaderRun = None,
+    out: Annotated[Path, typer.Option(help="Where privacy.json and privacy.md go.")] = Path("docs/results"),
+    filter_only: Annotated[bool, typer.Option(help="Build the release filter beside the generator, and stop.")] = False,
+    control_steps: Annotated[int, typer.Option(help="Steps of the over-trained control; 0: none is made.")] = 400,
+    seed: int = 0,
+    cache: Cache = Path("runs/cache"),
+) -> None:
+    """Attack the generator and report; or build the release filter from its training images."""
+    from busgen_cds.learning import data as data_
+    from busgen_cds.learning import embed, release
+    from busgen_cds.learning import generator as generator_
+    from busgen_cds.learning.recipes import audit
+    from busgen_cds.learning.recipes import fewshot as fewshot_
+
+    makes, root = _generator(generator, adapter), _root(data)
+    if filter_only:
+        path = (generator or generator_.SHIPPED) / release.FILE
+        audit.build_filter(makes, root, cache).save(path)
+        console.print(f"Release filter: {path}")
+        return
+    if images is None or (adapter is None) != (task is None):
+        raise typer.BadParameter("name --images to audit; an --adapter is audited with its --task, and a task with it")
+    members = (
+        None if task is None else fewshot_.choose(data_.read_manifest(root), fewshot_.read_task(task), shots, seed)
+    )
+    settings = audit.Settings(control_steps=control_steps, seed=seed)
+    name = "the backbone" if task is None else f"the adapter {task.stem}"
+    embeddings = embed.at_hand(makes.coder, init, reader)
+    report = audit.audit(makes, name, root, images, embeddings, settings, cache, members, console.print)
+    out.mkdir(parents=True, exist_ok=True)
+    stem = "privacy" if task is None else f"privacy-{task.stem}"
+    (out / f"{stem}.json").write_text(report.to_json() + "\n", encoding="utf-8")
+    (out / f"{stem}.md").write_text(report.to_markdown(), encoding="utf-8")
+    for finding in report.findings:
+        console.print(f"{finding.verdict:>17}  {finding.attack}: {finding.value} (control {finding.control})")
+    console.print(f"{'Every bar holds' if report.holds else 'Not every bar holds'}: {out / f'{stem}.md'}")
+
+
+@app.command()
+def share(
+    images: Annotated[Path, typer.Option(help="Generated images.")],
+    report: Annotated[Path, typer.Option(help="Their privacy report (JSON).")],
+    out: Annotated[Path, typer.Option(help="Folder of the package; must be empty.")],
+    name: str,
+    creator: Annotated[str, typer.Option(help="Who answers for the package.")],
+    key: Annotated[Path, typer.Option(help="Ed25519 private key (PEM) that signs it.")],
+    version: str = "1",
+    dicom: Annotated[bool, typer.Option(help="Add each image as an ultrasound object, Synthetic Data = YES.")] = True,
+) -> None:
+    """Pack generated images for another site: labels, metadata, card, privacy report, signature."""
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+    from cryptography.hazmat.primitives.serialization import load_pem_private_key
+    from rich.progress import Progress
+
+    from busgen_cds import signing
+    from busgen_cds.dicom import synthetic
+    from busgen_cds.errors import Misconfigured
+    from busgen_cds.learning.recipes import share as recipe
+
+    secret = load_pem_private_key(key.read_bytes(), None)
+    if not isinstance(secret, Ed25519PrivateKey):
+        raise Misconfigured(f"{key} is no Ed25519 private key.")
+    now = datetime.datetime.now(datetime.UTC)
+    terms = recipe.Terms(name, version, creator, now.date().isoformat())
+
+    def write(made: recipe.Made) -> bytes:
+        one = f"{name}-{version}-{made.number:07d}"
+        return synthetic.study([made.image], name=one, at=now, manufacturer=made.device or "unknown")[0]
+
+    with Progress(console=console) as progress:
+        bar = progress.add_task("images")
+        recipe.package(
+            images,
+            report,
+            out,
+            terms,
+            signing.KeySigner(secret),
+            write if dicom else None,
+            lambda done, total: progress.update(bar, completed=done, total=total),
+        )
+    console.print(f"Package: {out}, signed by key {signing.key_id(secret.public_key())}")
+
+
+@app.command()
+def fidelity(
+    images: Annotated[Path, typer.Option(help="Generated images.")],
+    generator: Weights = None,
+    data: Data = None,
+    init: ImageNet = None,
+    reader: ReaderRun = None,
+    out: Annotated[Path, typer.Option(help="Where the page, the figures and the picture go.")] = Path("docs/results"),
+    most: Annotated[int, typer.Option(help="Images of each side at most.")] = 600,
+    judge_steps: int = 150,
+    cache: Cache = Path("runs/cache"),
+) -> None:
+    """How real the images are: distances with floors, a judge with its control, masks, speed, a picture."""
+    from busgen_cds.learning import embed
+    from busgen_cds.learning import fidelity as fidelity_
+    from busgen_cds.learning.recipes import fidelity_report as recipe
+
+    makes = _generator(generator)
+    embeddings = {k: v for k, v in embed.at_hand(makes.coder, init, reader).items() if k in ("imagenet", "reader")}
+    settings = recipe.Settings(images=most, judging=fidelity_.Judging(steps=judge_steps, size=makes.card.size))
+    segment = recipe.segmenter(reader) if reader else None
+    found = recipe.measure(makes, _root(data), images, embeddings, settings, init, segment, cache, console.print)
+    page = recipe.write(found, out)
+    console.print(f"Written: {page}, {recipe.picture(makes, out, settings.pairs)}")
+
+
+@app.command()
+def value(
+    out: Annotated[Path, typer.Option(help="Folder of the queue's runs.")],
+    images: Annotated[Path | None, typer.Option(help="Generated images, in the real images' class mix.")] = None,
+    generator: Weights = None,
+    data: Data = None,
+    init: ImageNet = None,
+    steps: int = 1200,
+    seeds: int = 3,
+    scaling: Annotated[bool, typer.Option(help="The arms of growing size instead of the comparison.")] = False,
+    most: Annotated[int | None, typer.Option(help="Runs to do now; all without it.")] = None,
+    results: Annotated[Path, typer.Option(help="Where the page goes.")] = Path("docs/results"),
+    cache: Cache = Path("runs/cache"),
+) -> None:
+    """What generated images are worth to a reader: every arm, seed by seed; stop and call again at will."""
+    from busgen_cds.learning import data as data_
+    from busgen_cds.learning.recipes import value as recipe
+
+    root, settings = _root(data), recipe.Settings(steps=steps, seeds=seeds)
+    real = sum(r.source == settings.source and r.split == "train" for r in data_.read_manifest(root))
+    runs = recipe.queue(recipe.scaling() if scaling else recipe.arms(real), seeds)
+    card = _generator(generator).card if images is not None else None
+    if card is None:
+        runs = [run for run in runs if not run.arm.generated]
+    left = recipe.work(runs, root, images, card, out, settings, init, cache, most, console.print)
+    found = recipe.results(out)
+    if found:
+        console.print(f"Written: {recipe.write(recipe.compared(found, root, settings, cache), left, results)}")
+    console.print(f"{left} runs left")
+
+
+@app.command()
+def cost(
+    preset: Annotated[list[str] | None, typer.Option(help="cpu, gpu or both.")] = None,
+    seconds: Annotated[float, typer.Option(help="How long each part is measured.")] = 20.0,
+    images: int = 3_518_495,
+    epochs: float = 100.0,
+    devices: int = 8,
+    price: Annotated[float, typer.Option(help="Of one device for an hour.")] = 2.5,
+    out: Annotated[Path, typer.Option(help="Where the page goes.")] = Path("docs"),
+) -> None:
+    """What pre-training on millions of images takes, from speeds measured on this machine."""
+    from busgen_cds.learning.recipes import cost as recipe
+
+    assumed = recipe.Assumed(images=images, epochs=epochs, devices=devices, price=price)
+    measured = [recipe.measure(name, seconds, console.print) for name in preset or ["cpu"]]
+    console.print(f"Written: {recipe.write(measured, assumed, out)}")

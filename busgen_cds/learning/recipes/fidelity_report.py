@@ -33,7 +33,7 @@ NAME = "generator-fidelity"
 class Settings:
     images: int = 600  # most of each side
     speed_images: int = 32
-    pairs: int = 6  # healthy → lesion pairs in the picture
+    pairs: int = 4  # healthy → lesion pairs in the picture
     judging: Judging = field(default_factory=Judging)
 
 
@@ -158,9 +158,7 @@ def speed(makes: Generator, count: int) -> dict[str, Any]:
 # The picture
 
 
-def picture(
-    makes: Generator, root: Path, generated: Path, out: Path, pairs: int = 6, cache: Path | None = None
-) -> Path:
+def picture(makes: Generator, out: Path, pairs: int = 4) -> Path:
     """Generated images by class, and healthy → lesion. No patient is shown: the healthy ones are made too."""
     size = makes.card.size
     rows: list[tuple[str, list[NDArray[np.uint8]]]] = []
@@ -171,7 +169,7 @@ def picture(
     healthy = makes.sample(pairs, pathology="normal", seed=7)
     for pathology in ("benign", "malignant"):
         cells: list[NDArray[np.uint8]] = []
-        for i, one in enumerate(healthy[:4]):
+        for i, one in enumerate(healthy):
             lesion = makes.sample(1, pathology=pathology, healthy=one.image, seed=11, first=i)[0]  # type: ignore[arg-type]
             cells += [_framed(one.image, one.mask, size), _framed(lesion.image, lesion.mask, size)]
         rows.append((f"healthy → {pathology}, in pairs", cells))
