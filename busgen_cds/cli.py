@@ -343,10 +343,8 @@ def results_resend(
 ) -> None:
     """Send a result's objects again, byte for byte."""
     site = _open(config)
-    deliveries = site.results.resend(_full(site, ref), who=who, destination=to)
-    for each in deliveries:
-        site.desk.deliver(each)
-    out.print(f"{len(deliveries)} deliveries put to work.")
+    asked = site.desk.resend(_full(site, ref), who=who, destination=to)
+    out.print(f"Sent again: {', '.join(asked) or 'nothing; it has no destination'}.")
 
 
 def _full(site: Site, ref: str) -> str:
@@ -370,11 +368,13 @@ def queue(
 
     site = _open(config)
     if retry:
-        return out.print(operating.retry(site, retry, who))
+        taken = site.desk.retry(retry, who=who)
+        return out.print(f"Taken up again: {', '.join(taken) or 'nothing; it is not stuck'}.")
     if release:
-        return out.print(operating.release(site, release, who))
+        site.desk.release(site.inbox, release, who=who)
+        return out.print("The study goes on.")
     if resume:
-        return out.print(operating.resume(site, who))
+        return out.print("The engine is used again." if site.desk.resume(who=who) else "It was not stopped.")
     waiting = operating.queue(site)
     if as_json:
         return _print_json(waiting)

@@ -22,6 +22,7 @@ from busgen_cds import app, operating, serving, settings
 from busgen_cds.app import Site
 from busgen_cds.dicom import archive, files, outbox, synthetic
 from busgen_cds.dicom.outbox import Node
+from busgen_cds.serving import Shown
 from busgen_cds.study import Spacing
 
 SENT_AT = datetime(2026, 1, 1, 9, 0)
@@ -67,13 +68,13 @@ def run(folder: Path, *, once: bool, tell: Console) -> int:
         text = _SETTINGS.format(prevalence=PREVALENCE, title=pacs.ae_title, host=pacs.host, port=pacs.port)
         chosen = settings.read(app.found(folder / "site", text))
         tell.print("[bold]1[/]  A site is made, and a PACS stands beside it.")
-        with serving.receiving(chosen) as port, serving.reading(chosen) as site, serving.showing(chosen) as address:
+        with serving.receiving(chosen) as port, serving.reading(chosen) as site, serving.showing(chosen) as shown:
             tell.print("[bold]2[/]  Listener, worker and pages run.")
             _send(Node("scanner", chosen.listener.ae_title, "127.0.0.1", port, calling_ae="DEMO_SCANNER"))
             tell.print(f"[bold]3[/]  The scanner sent a synthetic study of {len(IMAGES)} images; no patient is shown.")
             code = _answer(site, folder / "pacs", tell)
             if not once and code == 0:
-                _stay(address, tell)
+                _stay(shown, tell)
     return code
 
 
@@ -130,6 +131,6 @@ def _show(document: dict[str, object], kept: list[Path], tell: Console) -> None:
     tell.print("[dim]Research software, not a medical device: this is not a diagnosis.[/]")
 
 
-def _stay(address: str, tell: Console) -> None:
-    tell.print(f"[bold]5[/]  Look around: {address}   (Ctrl-C ends it)")
+def _stay(shown: Shown, tell: Console) -> None:
+    tell.print(f"[bold]5[/]  Look around: {shown.address}/first with the code {shown.first_code}  (Ctrl-C ends it)")
     serving.until_told()

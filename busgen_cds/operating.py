@@ -46,27 +46,3 @@ def document(site: Site, result_ref: str) -> dict[str, Any]:
             for d in shown.delivered
         ],
     }
-
-
-def retry(site: Site, study_ref: str, who: str) -> str:
-    """Take up a study's stuck work again: its reading, or its deliveries."""
-    job = site.jobs.retry(study_ref, who=who)
-    if job is not None:
-        site.desk.read(study_ref, job.evidence_digest)
-        return "Its reading was put to work again."
-    deliveries = site.results.retry(study_ref, who=who)
-    for each in deliveries:
-        site.desk.deliver(each)
-    return f"{len(deliveries)} deliveries put to work again."
-
-
-def release(site: Site, study_ref: str, who: str) -> str:
-    """Let a held study go on."""
-    site.inbox.release(study_ref, who)
-    site.desk.arrived(study_ref)
-    return "The study goes on."
-
-
-def resume(site: Site, who: str) -> str:
-    """Let a stopped engine be used again, once its reason was dealt with."""
-    return "The engine is used again." if site.jobs.resume_engine(who=who) else "The engine was not stopped."

@@ -7,9 +7,22 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+
+import uvicorn
 
 from busgen_cds import app
+from busgen_cds import pages as pages_of
 from busgen_cds.settings import Settings
+
+
+@dataclass(frozen=True)
+class Shown:
+    """Where the pages are, and the code that lets one make the first account, if there is none yet."""
+
+    address: str
+    first_code: str
+
 
 log = logging.getLogger("busgen_cds.serving")
 
@@ -63,13 +76,15 @@ def reading(chosen: Settings, name: str = "") -> Iterator[app.Site]:
 
 
 @contextmanager
-def showing(chosen: Settings) -> Iterator[str]:
-    """The address of the pages."""
-    import uvicorn
-
+def showing(chosen: Settings) -> Iterator[Shown]:
     with app.opened_site(chosen) as site:
+        code = pages_of.first_code(site)
         config = uvicorn.Config(
-            app.pages(site), host=chosen.web.host, port=chosen.web.port, log_level="warning", server_header=False
+            pages_of.of(site, code),
+            host=chosen.web.host,
+            port=chosen.web.port,
+            log_level="warning",
+            server_header=False,
         )
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, name="pages", daemon=True)
@@ -78,9 +93,10 @@ def showing(chosen: Settings) -> Iterator[str]:
             thread.join(0.05)
         if not server.started:
             raise OSError(f"The pages cannot be shown on {chosen.web.host}:{chosen.web.port}.")
-        port = server.servers[0].sockets[0].getsockname()[1]
+        address = f"http://{chosen.web.host}:{server.servers[0].sockets[0].getsockname()[1]}"
+        log.info("Pages: %s%s", address, f"  First account: {address}/first with the code {code}" if code else "")
         try:
-            yield f"http://{chosen.web.host}:{port}"
+            yield Shown(address, code)
         finally:
             server.should_exit = True
             thread.join(10)

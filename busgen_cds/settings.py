@@ -161,6 +161,10 @@ class Objects(_Section):
 class Web(_Section):
     host: str = Field(default="127.0.0.1", description="Address of the pages; others than loopback need TLS in front.")
     port: Port = Field(default=8080, description="Port of the pages.")
+    secure: bool = Field(default=False, description="The pages are reached by https: cookies travel by nothing else.")
+    viewer: str = Field(
+        default="", description="Link to the site's viewer; {study_uid} and {series_uid} (the report's) are filled in."
+    )
 
 
 class Settings(BaseSettings):
