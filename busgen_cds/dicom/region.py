@@ -94,10 +94,13 @@ def found(grey: Grey) -> tuple[Region, ...]:
     lit = abs(grey.astype(np.int16) - _background(grey)) > LIT
     tissue = (_cells(lit, cell).mean((1, 3)) > 0.5) & (_cells(grey, cell).std((1, 3)) > 1.0)
     solid = geometry.dilate(geometry.erode(np.pad(tissue, 1), 1), 1)[1:-1, 1:-1]
-    boxes = [_exact(lit, _dense_box(piece, cell), cell) for piece in geometry.pieces(solid)[:2]]
+    boxes = [_exact(lit, _dense_box(piece, cell), cell) for piece in geometry.pieces(solid)[:4]]
+    boxes = [box for box in boxes if box.width * box.height >= MIN_SHARE / 4 * grey.size]
+    if len(boxes) > 1 and _side_by_side(*boxes[:2]):
+        boxes = boxes[:2]
+    elif boxes:
+        boxes = [_joined(*boxes)]
     boxes = [box for box in boxes if box.width * box.height >= MIN_SHARE * grey.size]
-    if len(boxes) == 2 and not _side_by_side(*boxes):
-        boxes = boxes[:1]
     regions = _halves(lit, boxes[0]) if len(boxes) == 1 else boxes
     return tuple(sorted(region for region in regions if _large_enough(region)))
 
@@ -161,6 +164,14 @@ def _overlap(a: Region, b: Region) -> float:
     width = min(a.right, b.right) - max(a.left, b.left)
     height = min(a.bottom, b.bottom) - max(a.top, b.top)
     return max(0, width) * max(0, height) / min(a.width * a.height, b.width * b.height)
+
+
+def _joined(large: Region, *others: Region) -> Region:
+    """One picture that a black cyst or shadow cuts across: the pieces that lie above one another belong together."""
+    columns = [(min(large.right, box.right) - max(large.left, box.left)) / box.width for box in others]
+    whole = [large, *(box for box, share in zip(others, columns, strict=True) if share > 0.6)]
+    left, top, right, bottom = zip(*whole, strict=True)
+    return Region(min(left), min(top), max(right), max(bottom))
 
 
 def _background(grey: Grey) -> int:
