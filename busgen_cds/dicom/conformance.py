@@ -230,8 +230,8 @@ def _overlays() -> Iterator[str]:
     yield ""
     yield from _prose(
         f"- Secondary capture: {picture.WIDTH} x {picture.HEIGHT} RGB, one for each key image. Evidence is "
-        f"drawn on one scale for all studies, from {threshold:g} to {full:g} logits per 1 % of the region, "
-        "and not at all below it."
+        f"drawn on one scale for all studies, for and against malignancy, from {threshold:g} to {full:g} "
+        "logits per 1 % of the region, and not at all below it."
     )
     yield from _prose(
         "- Segmentation: BINARY, a segment for each finding, a frame for the source frame it was found on. "

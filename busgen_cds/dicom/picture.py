@@ -25,11 +25,12 @@ from busgen_cds.study import Frame
 WIDTH, HEIGHT = 1280, 880
 IMAGE = (24, 84, 880, 772)  # left, top, right, bottom of where the image may go
 PANEL = (908, 84, 1256, 772)
-ABOVE_BAR = PANEL[3] - 40
+ABOVE_BAR = PANEL[3] - 60
 BACKGROUND, BAND, RULE = (13, 17, 23), (22, 28, 38), (52, 62, 78)
 WHITE, SOFT, FAINT = (240, 244, 250), (190, 200, 214), (132, 144, 162)
 WARNING, CONTOUR = (255, 193, 77), (64, 224, 255)
-RAMP = ((255, 236, 120), (255, 170, 50), (240, 70, 50), (200, 20, 90))  # evidence, from the threshold to full scale
+FOR = ((255, 236, 120), (255, 170, 50), (240, 70, 50), (200, 20, 90))  # evidence of malignancy, up to full scale
+AGAINST = ((190, 225, 255), (110, 170, 255), (60, 110, 235), (50, 60, 190))  # evidence against it
 OPACITY = (0.28, 0.62)  # at the threshold and at full scale
 IN_FULL, MOST_LESIONS = 2, 4  # lesions of one image: so many with all their lines, so many with one
 BAR_LENGTHS_MM = (50, 20, 10, 5, 2, 1)
@@ -125,11 +126,14 @@ def evidence(heat: HeatMap) -> NDArray[np.float32]:
 
 
 def colours(strength: NDArray[np.float32], threshold: float, full_scale: float) -> tuple[Pixels, NDArray[np.float32]]:
-    """Evidence → colour and opacity; nothing below the threshold."""
-    along = np.clip((strength - threshold) / (full_scale - threshold), 0, 1)
-    knots = np.linspace(0, 1, len(RAMP))
-    colour = np.stack([np.interp(along, knots, [stop[i] for stop in RAMP]) for i in range(3)], -1)
-    opacity = np.where(strength >= threshold, OPACITY[0] + (OPACITY[1] - OPACITY[0]) * along, 0)
+    """Signed evidence → colour and opacity; nothing between the thresholds."""
+    along = np.clip((abs(strength) - threshold) / (full_scale - threshold), 0, 1)
+    knots = np.linspace(0, 1, len(FOR))
+    ramps = [
+        np.stack([np.interp(along, knots, [stop[i] for stop in ramp]) for i in range(3)], -1) for ramp in (FOR, AGAINST)
+    ]
+    colour = np.where((strength > 0)[..., None], *ramps)
+    opacity = np.where(abs(strength) >= threshold, OPACITY[0] + (OPACITY[1] - OPACITY[0]) * along, 0)
     return colour.astype(np.uint8), opacity.astype(np.float32)
 
 
@@ -243,17 +247,19 @@ def _colour_bar(page: Page, saying: Saying) -> None:
     template = saying.template
     threshold, full = template.number("picture.heat.threshold"), template.number("picture.heat.full_scale")
     left, top, wide, high = PANEL[0], PANEL[3] - 26, PANEL[2] - PANEL[0], 26
-    values = np.tile(np.linspace(0, full, wide, dtype=np.float32), (high, 1))
+    values = np.tile(np.linspace(-full, full, wide, dtype=np.float32), (high, 1))
     colour, opacity = colours(values, threshold, full)
     bar = Image.new("RGB", (wide, high), (70, 70, 70))
     bar.paste(Image.fromarray(colour), (0, 0), Image.fromarray((opacity * 255).astype(np.uint8)))
     page.image.paste(bar, (left, top))
     page.draw.rectangle((left - 1, top - 1, left + wide, top + high), outline=RULE)
-    start = left + round(wide * threshold / full)
-    page.write((left, top + high + 6), "0", 16, SOFT)
-    page.write((start, top + high + 6), f"{threshold:g}", 16, SOFT, anchor="ma")
-    page.write((left + wide, top + high + 6), f"{full:g} or more", 16, SOFT, anchor="ra")
-    page.write((left, top + high + 26), template.text("picture.scale_unit", saying.words), 16, FAINT)
+    below = top + high + 6
+    page.write((left, below), f"-{full:g}", 16, SOFT)
+    page.write((left + wide / 2, below), f"±{threshold:g}", 16, SOFT, anchor="ma")
+    page.write((left + wide, below), f"+{full:g}", 16, SOFT, anchor="ra")
+    page.write((left, top - 26), template.text("picture.scale_against", saying.words), 16, SOFT)
+    page.write((left + wide, top - 26), template.text("picture.scale_for", saying.words), 16, SOFT, anchor="ra")
+    page.write((left, below + 20), template.text("picture.scale_unit", saying.words), 16, FAINT)
 
 
 def wrap(text: str, size: int, width: int) -> list[str]:
