@@ -35,6 +35,7 @@ class Pacs:
         self.host, self.port = "127.0.0.1", _free_port()
         self.objects: dict[str, list[bytes]] = defaultdict(list)  # SOP Instance UID → each data set it came with
         self.stored_at: dict[str, float] = {}
+        self.classes: dict[str, str] = {}  # SOP Instance UID → SOP class UID
         self.refuses: set[str] = set()  # SOP class UIDs
         self.full = False
         self.knows: list[str] = []  # calling AE titles; empty: everybody
@@ -77,7 +78,9 @@ class Pacs:
     # -- what it holds
 
     def datasets(self) -> list[Dataset]:
-        return [_open(versions[-1]) for versions in self.objects.values()]
+        with self._lock:
+            newest = [versions[-1] for versions in self.objects.values()]
+        return [_open(each) for each in newest]
 
     def of(self, study_uid: str, *, modality: str | None = None) -> list[Dataset]:
         mine = [each for each in self.datasets() if each.StudyInstanceUID == study_uid]
@@ -98,6 +101,7 @@ class Pacs:
             uid = str(event.request.AffectedSOPInstanceUID)
             self.objects[uid].append(event.encoded_dataset())
             self.stored_at[uid] = time.monotonic()
+            self.classes[uid] = str(event.request.AffectedSOPClassUID)
         return 0
 
     def _find(self, event: evt.Event) -> Iterator[tuple[int, Dataset | None]]:

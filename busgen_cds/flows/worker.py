@@ -115,7 +115,7 @@ class Worker:
     def _beat(self) -> None:
         jobs, silent_for = self.stations.jobs, timedelta(seconds=self.stations.waits.silent)
         jobs.beat(self.name)
-        for silent in jobs.silent(since=silent_for):
+        for silent in jobs.silent(since=silent_for, but=self.name):
             # DBOS's own recovery: it takes only what is still marked as the dead one's, so that two of us may do it.
             taken = DBOS._recover_pending_workflows([silent])
             log.warning("Worker %s fell silent: %d workflows taken over.", silent, len(taken))

@@ -127,8 +127,8 @@ class Jobs:
     # -- who is at work ----------------------------------------------------------------------------------------------
 
     def beat(self, executor: str) -> None:
-        now = self._clock()
         with self._database.transaction() as session:
+            now = self._clock()  # after the lock was waited for, or a busy database makes a living one look dead
             mine = sa.update(_executors).where(_executors.c.id == executor)
             if not _changed(session, mine.values(beat_at=now)):
                 session.execute(sa.insert(_executors).values(id=executor, beat_at=now))
@@ -143,9 +143,9 @@ class Jobs:
         with self._database.reading() as session:
             return list(session.execute(sa.select(_executors.c.id).where(recent).order_by(_executors.c.id)).scalars())
 
-    def silent(self, *, since: timedelta) -> list[str]:
-        """Those that stopped saying that they are alive. They stay in the list until they speak or leave."""
-        late = _executors.c.beat_at < self._clock() - since
+    def silent(self, *, since: timedelta, but: str) -> list[str]:
+        """Others than me that stopped saying that they are alive. They stay in the list until they speak or leave."""
+        late = (_executors.c.beat_at < self._clock() - since) & (_executors.c.id != but)
         with self._database.reading() as session:
             return list(session.execute(sa.select(_executors.c.id).where(late)).scalars())
 
