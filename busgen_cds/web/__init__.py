@@ -1,6 +1,7 @@
-"""Pages and API: `create(site)` makes the application from everything it stands on."""
+"""Pages and API: `create(site)` makes the application from everything it stands on, `Server` runs it."""
 
 from busgen_cds.web.application import create
+from busgen_cds.web.serving import Server
 from busgen_cds.web.site import LiveBundle, Node, Site
 
-__all__ = ["LiveBundle", "Node", "Site", "create"]
+__all__ = ["LiveBundle", "Node", "Server", "Site", "create"]

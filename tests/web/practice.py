@@ -18,7 +18,6 @@ from typing import Any
 import httpx
 import numpy as np
 import pydicom
-import uvicorn
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
@@ -270,22 +269,19 @@ def _stand_in(study_ref: str, revision: int) -> tuple[Rendered, ...]:
 @contextmanager
 def served(site: web.Site) -> Iterator[str]:
     """The pages on a free port of this machine."""
-    config = uvicorn.Config(web.create(site), host="127.0.0.1", port=0, log_level="warning", access_log=False)
-    server = uvicorn.Server(config)
+    server = web.Server(site, "127.0.0.1", 0)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
-    until = time.monotonic() + 20
+    until = time.monotonic() + 60
     while not server.started:
         if time.monotonic() > until or not thread.is_alive():
             raise RuntimeError("the pages did not start")
         time.sleep(0.02)
-    port = server.servers[0].sockets[0].getsockname()[1]
     try:
-        yield f"http://127.0.0.1:{port}"
+        yield f"http://127.0.0.1:{server.bound}"
     finally:
         server.should_exit = True
-        server.force_exit = True
-        thread.join(timeout=10)
+        thread.join(timeout=20)
 
 
 class Browser(httpx.Client):
