@@ -30,6 +30,7 @@ MIN_SHARE = 0.06  # of the frame that tissue found in the pixels must fill
 SPACINGS = (0.005, 1.5)  # millimetres per pixel between which a calibration is believable
 LIT = 6  # of 255: how far a pixel must stand off the background to be drawn on
 GUTTER = 3  # pixels between the halves of a dual screen
+FAN_ROWS = 12  # cells: a lower picture has no shape to judge
 SECTOR = 0.5  # a picture whose top is narrower than this part of its width is a sector
 
 Grey = NDArray[np.uint8]
@@ -90,10 +91,8 @@ def trimmed(grey: Grey, region: Region) -> Region | None:
 
 def found(grey: Grey) -> tuple[Region, ...]:
     """The tissue as the pixels show it: large, filled and speckled, where writing and rulers are thin and sparse."""
-    cell = max(4, round(min(grey.shape) / 75))
-    lit = abs(grey.astype(np.int16) - _background(grey)) > LIT
-    tissue = (_cells(lit, cell).mean((1, 3)) > 0.5) & (_cells(grey, cell).std((1, 3)) > 1.0)
-    solid = geometry.dilate(geometry.erode(np.pad(tissue, 1), 1), 1)[1:-1, 1:-1]
+    lit = _lit(grey)
+    solid, cell = _solid(grey, lit)
     boxes = [_exact(lit, _dense_box(piece, cell), cell) for piece in geometry.pieces(solid)[:4]]
     boxes = [box for box in boxes if box.width * box.height >= MIN_SHARE / 4 * grey.size]
     if len(boxes) > 1 and _side_by_side(*boxes[:2]):
@@ -108,19 +107,34 @@ def found(grey: Grey) -> tuple[Region, ...]:
 def is_sector(grey: Grey, region: Region) -> bool:
     """Does the picture fan out from a narrow top, as a curved or phased probe draws it?"""
     left, top, right, bottom = region
-    lit = grey[top:bottom, left:right] > LIT
-    spans = [_span(lit, depth) for depth in (0.06, 0.15, 0.25, 0.35)]
-    widest = max(b - a for a, b in (_span(lit, depth) for depth in (0.45, 0.55, 0.65, 0.75, 0.85)))
+    tissue = grey[top:bottom, left:right]
+    solid, _ = _solid(tissue, tissue > LIT)
+    fan = next(iter(geometry.pieces(solid)), solid)
+    fan = fan[fan.any(1)]
+    if len(fan) < FAN_ROWS:
+        return False
+    spans = [_span(fan, depth) for depth in (0.03, 0.15, 0.25, 0.35)]
+    widest = max(b - a for a, b in (_span(fan, depth) for depth in (0.45, 0.55, 0.65, 0.75, 0.85)))
     # each step down must widen on both sides: a shadow or a dark corner is not that regular
     fans = all(low[0] < high[0] and low[1] > high[1] for high, low in pairwise(spans))
-    return fans and 0 < spans[0][1] - spans[0][0] < SECTOR * widest
+    return fans and spans[0][1] - spans[0][0] < SECTOR * widest
 
 
-def _span(lit: NDArray[np.bool_], depth: float) -> tuple[int, int]:
-    """From the first to the last column that is drawn on at a depth (0 top, 1 bottom)."""
-    at, half = round(depth * len(lit)), max(1, len(lit) // 50)
-    columns = np.flatnonzero(lit[max(0, at - half) : at + half].mean(0) > 0.3)
+def _span(solid: NDArray[np.bool_], depth: float) -> tuple[int, int]:
+    """The first and the last column that is filled at a depth (0 top, 1 bottom)."""
+    columns = np.flatnonzero(solid[round(depth * (len(solid) - 1))])
     return (int(columns[0]), int(columns[-1])) if len(columns) else (0, 0)
+
+
+def _lit(grey: Grey) -> NDArray[np.bool_]:
+    return np.asarray(abs(grey.astype(np.int16) - _background(grey)) > LIT)
+
+
+def _solid(grey: Grey, lit: NDArray[np.bool_]) -> tuple[NDArray[np.bool_], int]:
+    """On a coarse grid, where the picture is filled and speckled over more than a stroke; and the size of a cell."""
+    cell = max(4, round(min(grey.shape) / 75))
+    tissue = (_cells(lit, cell).mean((1, 3)) > 0.5) & (_cells(grey, cell).std((1, 3)) > 1.0)
+    return geometry.dilate(geometry.erode(np.pad(tissue, 1), 1), 1)[1:-1, 1:-1], cell
 
 
 def _box(item: Dataset, rows: int, columns: int) -> Region | None:
