@@ -92,7 +92,7 @@ def _identity(ds: Dataset, it: Rendered, saying: Saying) -> None:
 def _report(ds: Dataset, saying: Saying) -> None:
     _require(ds.VerificationFlag == "UNVERIFIED", "a machine cannot verify a report")
     _require(ds.PreliminaryFlag == "PRELIMINARY", "a machine's report is preliminary")
-    _require(content.name_of(ds) == saying.template.code("report.title")[:2], "its title is not the template's")
+    _require(content.name_of(ds) == report.title(saying)[:2], "its title is not the template's")
     items = list(content.walk(ds))
     observers = _values(items, report.OBSERVER_TYPE)
     _require(observers == [report.DEVICE[:2]], "the observer is not a device")

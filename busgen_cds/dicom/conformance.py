@@ -196,7 +196,8 @@ def _report() -> Iterator[str]:
     yield "## The structured report"
     yield ""
     yield from _prose(
-        f"Root {_code(template.code('report.title'))}, TID {template.at('report.template')}; one group of "
+        f"Root {_code(template.code('report.title'))}, or {_code(template.code('report.title_without_measurements'))} "
+        f"where there is no finding to measure, TID {template.at('report.template')}; one group of "
         f"TID {template.at('finding.template')} for each finding, so that viewers draw it: each number is "
         "inferred from its own closed POLYLINE on the source image and frame, in this order, left out where "
         "it is not known:"

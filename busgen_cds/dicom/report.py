@@ -119,9 +119,11 @@ def _root(saying: Saying) -> Dataset:
         groups = [_group(saying, number) for number in range(1, len(saying.findings) + 1)]
         children.append(content.container(MEASUREMENTS, groups))
     children.append(content.container(EVALUATIONS, _evaluations(saying)))
-    return content.container(
-        template.code("report.title"), children, relation=None, template=template.at("report.template")
-    )
+    return content.container(title(saying), children, relation=None, template=template.at("report.template"))
+
+
+def title(saying: Saying) -> Code:
+    return saying.template.code("report.title" if saying.findings else "report.title_without_measurements")
 
 
 def _observer(saying: Saying) -> Iterator[Dataset]:
