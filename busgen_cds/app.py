@@ -178,7 +178,12 @@ def waits(chosen: Settings) -> Waits:
 
 
 def listener(chosen: Settings) -> Listener:
-    return Listener(_listener_config(chosen), partial(receiving_desk, chosen))
+    return Listener(_listener_config(chosen), partial(receiving_desk, chosen), partial(keep_books, chosen))
+
+
+def keep_books(chosen: Settings) -> None:
+    """The inbox's clerk: one process that writes the rows for all that receive."""
+    open_site(chosen).inbox.keep_books()
 
 
 def receiving_desk(chosen: Settings) -> ReceivingDesk:

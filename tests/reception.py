@@ -68,6 +68,10 @@ def listening(folder: Path, config: ListenerConfig | None = None, *, least_free_
         listener.stop(seconds=1)
 
 
+def keep_books(folder: Path) -> None:
+    open_store(folder)[1].keep_books()
+
+
 def bell(folder: Path) -> list[dict[str, object]]:
     path = folder / "bell.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
@@ -78,7 +82,7 @@ def main(folder: str, port: str, processes: str = "2") -> None:
     inbox.sweep()
     opened.close()
     config = ListenerConfig(Rules(), "127.0.0.1", int(port), processes=int(processes))
-    listener = Listener(config, functools.partial(desk, Path(folder)))
+    listener = Listener(config, functools.partial(desk, Path(folder)), functools.partial(keep_books, Path(folder)))
     listener.start()
     signal.sigwait({signal.SIGTERM, signal.SIGINT})
     listener.stop(seconds=2)

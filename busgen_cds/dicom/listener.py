@@ -27,6 +27,7 @@ import signal
 import socket
 import ssl
 import struct
+import sys
 import threading
 import time
 from collections import Counter, OrderedDict
@@ -46,6 +47,7 @@ _BELL_SECONDS = 0.2
 _RECEIVE_BUFFER = 1 << 20
 _SCHED_SETATTR = {"x86_64": 314, "aarch64": 274}
 _SLICE_NANOSECONDS = 100_000
+_SWITCH_SECONDS = 0.0005  # between threads: each holds the interpreter for a moment, and waits for the disk for many
 
 
 @dataclass(frozen=True)
@@ -69,13 +71,14 @@ class ListenerConfig:
 
 
 DeskOf = Callable[[], Desk]
+Helper = Callable[[], None]
 
 
 class Listener:
-    """Build it with what makes a Desk: each process makes its own."""
+    """Build it with what makes a Desk: each process makes its own. A helper is run in a process beside them."""
 
-    def __init__(self, config: ListenerConfig, desk: DeskOf) -> None:
-        self._config, self._desk = config, desk
+    def __init__(self, config: ListenerConfig, desk: DeskOf, helper: Helper | None = None) -> None:
+        self._config, self._desk, self._helper = config, desk, helper
         self._sockets: list[tuple[socket.socket, bool]] = []
         self._stopping = threading.Event()
         self._places = _Counted(config.most_associations, config.most_per_peer)
@@ -98,7 +101,9 @@ class Listener:
             self._sockets.append((_bind(config.host, config.port), False))
         if config.tls is not None:
             self._sockets.append((_bind(config.host, config.tls.port), True))
-        self._crew = _Processes(config, self._desk, self._places) if config.processes else self._threads()
+        self._crew = self._processes() if config.processes else self._threads()
+        for listening, _ in self._sockets:
+            listening.listen(1024)  # only now: whoever connects is served at once
         self._thread = threading.Thread(target=self._accept, name="gate", daemon=True)
         self._thread.start()
 
@@ -111,6 +116,9 @@ class Listener:
             listening.close()
         if self._crew is not None:
             self._crew.stop(seconds)
+
+    def _processes(self) -> _Processes:
+        return _Processes(self._config, self._desk, self._places, self._helper)
 
     def _threads(self) -> _Room:
         return _Room(self._config, self._desk(), self._places)
@@ -301,9 +309,10 @@ class _Bell:
 class _Processes:
     """The gate's view of its processes."""
 
-    def __init__(self, config: ListenerConfig, desk: DeskOf, places: _Counted) -> None:
+    def __init__(self, config: ListenerConfig, desk: DeskOf, places: _Counted, helper: Helper | None) -> None:
         self._config, self._desk, self._places = config, desk, places
         self._stopping = False
+        self._assistant = _Assistant(helper) if helper else None
         self._lock = threading.Lock()
         self._members = [self._hire() for _ in range(config.processes)]
         for member in self._members:
@@ -328,6 +337,8 @@ class _Processes:
                 member.process.kill()
                 member.process.join()
             member.close()
+        if self._assistant is not None:
+            self._assistant.stop()
 
     def _hire(self) -> _Member:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -351,6 +362,33 @@ class _Processes:
             if not self._stopping:
                 self._members[self._members.index(member)] = self._hire()
         member.close()
+
+
+class _Assistant:
+    """The helper's process, kept alive; it ends when the gate does."""
+
+    def __init__(self, helper: Helper) -> None:
+        self._helper = helper
+        self._stopping = threading.Event()
+        self._process: Any = None
+        threading.Thread(target=self._attend, daemon=True).start()
+
+    def stop(self) -> None:
+        self._stopping.set()
+        if self._process is not None:
+            self._process.kill()  # what it had not answered is done again by whoever asked
+
+    def _attend(self) -> None:
+        while not self._stopping.is_set():
+            ours, theirs = socket.socketpair()
+            with ours, theirs:
+                self._process = multiprocessing.get_context("spawn").Process(
+                    target=_help, args=(self._helper, theirs), name="listener helper", daemon=True
+                )
+                self._process.start()
+                theirs.close()
+                self._process.join()
+            self._stopping.wait(1)
 
 
 class _Member:
@@ -410,6 +448,7 @@ def _work(config: ListenerConfig, desk: DeskOf, line: socket.socket) -> None:
     """A process of the listener: serves what the gate hands over until it says stop, or is no more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the gate decides when to stop
     serve_promptly()
+    sys.setswitchinterval(_SWITCH_SECONDS)
     places = _Distant(line)
     room = _Room(config, desk(), places)
     places.say({"ready": True})
@@ -426,6 +465,13 @@ def _work(config: ListenerConfig, desk: DeskOf, line: socket.socket) -> None:
         elif descriptors:
             connection = socket.socket(fileno=descriptors[0])
             room.take(connection, message["address"], message["secure"], lambda: places.say({"gone": True}))
+
+
+def _help(helper: Helper, line: socket.socket) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    serve_promptly()
+    threading.Thread(target=lambda: (line.recv(1), os._exit(0)), daemon=True).start()  # the gate is dead: so are we
+    helper()
 
 
 class _Distant:
@@ -506,7 +552,6 @@ def _bind(host: str, port: int) -> socket.socket:
     except OSError as taken:
         listening.close()
         raise Misconfigured(f"Port {port} of {host} cannot be had: {taken.strerror}.") from taken
-    listening.listen(1024)
     listening.setblocking(False)
     return listening
 

@@ -30,7 +30,8 @@ from sqlalchemy.orm import Mapped, mapped_column
 
 from busgen_cds.arrival import Arrival, Kept, NoRoom, Outcome, Peek
 from busgen_cds.errors import Untrusted
-from busgen_cds.store import audit, vault
+from busgen_cds.store import audit, clerk, vault
+from busgen_cds.store.clerk import Job
 from busgen_cds.store.database import Base, Blind, Database, Sealed, UtcTime, table_of
 from busgen_cds.store.vault import SealedWriter, Vault
 
@@ -181,17 +182,10 @@ class _Entry(NamedTuple):
 
 
 @dataclass(eq=False)
-class _Job:
-    """One instance, synced under its temporary name and waiting for its name and its row."""
+class _Waiting:
+    """A job of this process, until the one that leads has committed it."""
 
-    arrival: Arrival
-    header: Peek
-    ref: str
-    key: bytes
-    sha256: str
-    size: int
-    at: datetime
-    source: Path
+    job: Job
     kept: Kept | None = None
     failed: BaseException | None = None
 
@@ -212,12 +206,14 @@ class Inbox:
     ) -> None:
         self._database, self._vault, self._clock = database, vault, clock
         self._least_free = least_free_bytes
+        self._folder = folder
         self._incoming, self._kept = folder / "incoming", folder / "kept"
         self._quarantine = folder / "quarantine"
         for path in (self._incoming, self._kept, self._quarantine):
             path.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._lock_path = folder / "commit.lock"
-        self._waiting: list[_Job] = []
+        self._waiting: list[_Waiting] = []
+        self._line = clerk.Line(folder)
         self._leading = threading.Lock()
 
     # -- receiving -------------------------------------------------------------------------------------------------
@@ -374,19 +370,30 @@ class Inbox:
             return CLASS_INSTANCE_CONFLICT
         return 0 if self._path(rows[0].ref, rows[0].received_at).is_file() else PROCESSING_FAILURE
 
+    def keep_books(self) -> None:
+        """Be the inbox's clerk, in a process of its own, for as long as it lives."""
+        clerk.serve(self._folder, self._commit_rows)
+
     # -- housekeeping ----------------------------------------------------------------------------------------------
 
     def sweep(self) -> int:
         """Remove files that were never acknowledged: left by a crash, and belonging to nobody alive."""
-        stale = [path for path in self._incoming.iterdir() if _nobody_writes(path)]
-        with self._one_at_a_time(), self._database.reading() as session:
+        with self._database.reading() as session:
             kept = set(session.execute(sa.select(_instances.c.ref)).scalars())
             kept |= set(session.execute(sa.select(_quarantine.c.ref)).scalars())
-            files = (path for folder in (self._kept, self._quarantine) for path in folder.rglob("*") if path.is_file())
-            stale += [path for path in files if path.name not in kept]
-            for path in stale:
-                path.unlink(missing_ok=True)
+        files = [path for folder in (self._incoming, self._kept, self._quarantine) for path in folder.rglob("*")]
+        stale = [path for path in files if path.name not in kept and path.is_file() and _nobody_writes(path)]
+        stale = [path for path in stale if not self._has_row(path.name)]  # a row made since we looked
+        for path in stale:
+            path.unlink(missing_ok=True)
         return len(stale)
+
+    def _has_row(self, ref: str) -> bool:
+        with self._database.reading() as session:
+            return any(
+                session.execute(sa.select(table.c.ref).where(table.c.ref == ref)).first()
+                for table in (_instances, _quarantine)
+            )
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
@@ -424,44 +431,54 @@ class Inbox:
     def _study_of(self, uid: str) -> sa.Select[Any]:
         return sa.select(_studies).where(_studies.c.uid_blind.in_(self._vault.blinds(uid)))
 
-    def _commit(self, job: _Job) -> Kept:
-        """Name and row for a synced file, together with all others that wait: one fsync and one commit for them."""
-        self._waiting.append(job)
+    def _commit(self, job: Job, source: Path) -> Kept:
+        """The file's name on the disk, then its row."""
+        target = self._path(job.ref, job.at)
+        self._make_folder(target.parent)
+        source.rename(target)
+        _sync_folder(target.parent)
+        kept = self._commit_alone(job) or self._line.ask(job) or self._commit_together(job)
+        if kept.outcome == "same":
+            target.unlink()
+        return kept
+
+    def _commit_alone(self, job: Job) -> Kept | None:
+        """At once, when nobody else is at it: the shortest way for a scanner that sends alone."""
+        with self._one_at_a_time(wait=False) as free:
+            return self._write_rows([job])[0] if free else None
+
+    def _commit_together(self, job: Job) -> Kept:
+        """Without a clerk: whoever comes first commits for all of this process that wait by then."""
+        mine = _Waiting(job)
+        self._waiting.append(mine)
         with self._leading:
-            if job.kept is None and job.failed is None:
-                with self._one_at_a_time():
-                    batch, self._waiting = self._waiting, []  # after the wait for the lock: the more ride along
-                    self._commit_batch(batch)
-        if job.failed is not None:
-            raise job.failed
-        assert job.kept is not None
-        return job.kept
+            if mine.kept is None and mine.failed is None:
+                batch, self._waiting = self._waiting, []
+                self._lead(batch)
+        if mine.failed is not None:
+            raise mine.failed
+        assert mine.kept is not None
+        return mine.kept
 
-    def _commit_batch(self, batch: Sequence[_Job]) -> None:
+    def _lead(self, batch: Sequence[_Waiting]) -> None:
         try:
-            self._name(batch)
-            with self._database.connection() as connection:
-                answers = self._enter(connection, batch)
-                audit.record(connection, *map(_received, batch, answers), at=batch[0].at)
+            answers = self._commit_rows([waiting.job for waiting in batch])
         except BaseException as failed:  # noqa: BLE001 – each of those who wait raises it
-            for job in batch:
-                job.failed = failed
+            for waiting in batch:
+                waiting.failed = failed
             return
-        for job, answer in zip(batch, answers, strict=True):
-            if answer.outcome == "same":
-                self._path(job.ref, job.at).unlink()
-            job.kept = answer
+        for waiting, answer in zip(batch, answers, strict=True):
+            waiting.kept = answer
 
-    def _name(self, batch: Sequence[_Job]) -> None:
-        folders = set()
-        for job in batch:
-            target = self._path(job.ref, job.at)
-            if target.parent not in folders:
-                self._make_folder(target.parent)
-                folders.add(target.parent)
-            job.source.rename(target)
-        for folder in folders:
-            _sync_folder(folder)
+    def _commit_rows(self, jobs: Sequence[Job]) -> list[Kept]:
+        with self._one_at_a_time():
+            return self._write_rows(jobs)
+
+    def _write_rows(self, jobs: Sequence[Job]) -> list[Kept]:
+        with self._database.connection() as connection:
+            answers = self._enter(connection, jobs)
+            audit.record(connection, *map(_received, jobs, answers), at=jobs[0].at)
+        return answers
 
     def _make_folder(self, folder: Path) -> None:
         if not folder.exists():
@@ -469,16 +486,20 @@ class Inbox:
             _sync_folder(folder.parent)
 
     @contextmanager
-    def _one_at_a_time(self) -> Iterator[None]:
-        """Over all processes of the site, and without SQLite's polling."""
+    def _one_at_a_time(self, *, wait: bool = True) -> Iterator[bool]:
+        """Over all processes of the site, and without SQLite's polling; without waiting, says whether it is our turn."""
         descriptor = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            yield
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            free = True
+        except BlockingIOError:
+            free = False
+        try:
+            yield free
         finally:
             os.close(descriptor)
 
-    def _enter(self, connection: sa.Connection, batch: Sequence[_Job]) -> list[Kept]:
+    def _enter(self, connection: sa.Connection, batch: Sequence[Job]) -> list[Kept]:
         """Rows for the batch; what is known already, or comes twice in it, gets the answer it deserves."""
         studies: dict[str, _Filed] = {}
         known: dict[str, list[_Entry]] = {}
@@ -489,7 +510,9 @@ class Inbox:
             same_uid = known[uid] = known.get(uid) or self._known(connection, uid)
             twin = next((entry for entry in same_uid if entry.sha256 == job.sha256), None)
             if twin is not None:
-                answers.append(Kept("same", twin.study_ref, twin.ref, study.held))
+                # our own row is there when the clerk was lost between its commit and its answer
+                again: Outcome = "new" if twin.ref == job.ref else "same"
+                answers.append(Kept(again, twin.study_ref, twin.ref, study.held))
                 continue
             outcome: Outcome = "conflict" if same_uid else "new"
             rows.append(self._row(job, study, outcome))
@@ -504,7 +527,7 @@ class Inbox:
         blinds = self._vault.blinds(sop_instance_uid)
         return [_Entry(*row) for blind in blinds for row in connection.execute(_FIND_INSTANCES, {"blind": blind})]
 
-    def _row(self, job: _Job, study: _Filed, outcome: Outcome) -> dict[str, Any]:
+    def _row(self, job: Job, study: _Filed, outcome: Outcome) -> dict[str, Any]:
         return {
             "ref": job.ref,
             "study_ref": study.ref,
@@ -520,7 +543,7 @@ class Inbox:
             "conflict": outcome == "conflict",
         }
 
-    def _file_under(self, connection: sa.Connection, job: _Job, studies: dict[str, _Filed]) -> _Filed:
+    def _file_under(self, connection: sa.Connection, job: Job, studies: dict[str, _Filed]) -> _Filed:
         """The study of an instance, made when it is the first; held when it shows a second patient."""
         uid, patient = job.header.study_instance_uid, job.header.patient_id.strip()
         study = studies.get(uid) or self._find_or_make(connection, job, patient)
@@ -530,7 +553,7 @@ class Inbox:
         studies[uid] = study
         return study
 
-    def _find_or_make(self, connection: sa.Connection, job: _Job, patient: str) -> _Filed:
+    def _find_or_make(self, connection: sa.Connection, job: Job, patient: str) -> _Filed:
         blinds = self._vault.blinds(job.header.study_instance_uid)
         row = next((row for blind in blinds for row in connection.execute(_FIND_STUDY, {"blind": blind})), None)
         if row is not None:
@@ -551,9 +574,9 @@ class Inbox:
         )
         return study
 
-    def _enter_quarantine(self, job: _Job, reason: str) -> None:
+    def _enter_quarantine(self, job: Job, source: Path, reason: str) -> None:
         target = self._quarantine / job.ref
-        job.source.rename(target)
+        source.rename(target)
         _sync_folder(self._quarantine)
         with self._database.transaction() as session:
             session.execute(
@@ -598,7 +621,7 @@ class Receiving:
     def keep(self, header: Peek) -> Kept:
         try:
             self._writer.sync()
-            return self._inbox._commit(self._job(header))
+            return self._inbox._commit(self._job(header), self._path)
         except BaseException:
             self._path.unlink(missing_ok=True)
             raise
@@ -608,7 +631,7 @@ class Receiving:
     def quarantine(self, reason: str) -> str:
         try:
             self._writer.sync()
-            self._inbox._enter_quarantine(self._job(Peek("", "", "", "")), reason)
+            self._inbox._enter_quarantine(self._job(Peek("", "", "", "")), self._path, reason)
         except BaseException:
             self._path.unlink(missing_ok=True)
             raise
@@ -620,8 +643,8 @@ class Receiving:
         self._writer.close()
         self._path.unlink(missing_ok=True)
 
-    def _job(self, header: Peek) -> _Job:
-        return _Job(
+    def _job(self, header: Peek) -> Job:
+        return Job(
             self._arrival,
             header,
             self._ref,
@@ -629,11 +652,10 @@ class Receiving:
             self._digest.hexdigest(),
             self._size,
             self._inbox._clock(),
-            self._path,
         )
 
 
-def _received(job: _Job, kept: Kept) -> audit.Act:
+def _received(job: Job, kept: Kept) -> audit.Act:
     kind = {"new": "instance received", "same": "instance received again", "conflict": "instance set aside"}
     detail = {"instance": kept.instance_ref, "bytes": job.size, "sha256": job.sha256}
     return audit.Act(kind[kept.outcome], job.arrival.calling_ae, "", kept.study_ref, detail)
