@@ -1,0 +1,171 @@
+"""How real images are, and what generated ones are worth: the measures themselves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from busgen_cds.errors import Misconfigured
+from busgen_cds.learning import data, fidelity
+from busgen_cds.learning.fidelity import Judging
+from busgen_cds.learning.recipes import cost, fidelity_report, synthesise, value
+from busgen_cds.learning.recipes.value import Arm, Run, Settings
+from tests.learning.generators import SIZE, data_folder, tiny
+
+
+def cloud(count: int, shift: float = 0.0, spread: float = 1.0, seed: int = 0) -> np.ndarray:
+    return (np.random.default_rng(seed).normal(shift, spread, (count, 4))).astype(np.float32)
+
+
+def speckle(count: int, seed: int, smooth: bool = False) -> np.ndarray:
+    images = np.random.default_rng(seed).integers(0, 255, (count, SIZE, SIZE)).astype(np.uint8)
+    return fidelity.blurred(fidelity.blurred(images)) if smooth else images
+
+
+# Distances
+
+
+def test_the_frechet_distance_of_two_gaussians_is_known() -> None:
+    """Means one apart and spreads one and two, in four dimensions: 4·1² + 4·(2 − 1)² = 8."""
+    assert fidelity.frechet(cloud(40_000), cloud(40_000, 1.0, 2.0, seed=1)) == pytest.approx(8, abs=0.2)
+    assert fidelity.frechet(cloud(500), cloud(500)) == pytest.approx(0, abs=1e-6)
+
+
+def test_the_kernel_distance_is_unbiased() -> None:
+    """Between samples of one distribution it scatters around zero; between two it does not."""
+    same = [fidelity.kernel(cloud(80, seed=i), cloud(80, seed=100 + i)) for i in range(60)]
+    assert abs(np.mean(same)) < 3 * np.std(same) / np.sqrt(60)
+    assert fidelity.kernel(cloud(80), cloud(80, 1.0, seed=1)) > 10 * np.std(same)
+
+
+def test_the_floor_is_between_patients() -> None:
+    """Two halves of the real images have equal size and share no patient."""
+    patients = np.array([f"p{i // 3}" for i in range(31)])
+    one, other = fidelity.halves(patients, 0)
+    assert len(one) == len(other) and not set(patients[one]) & set(patients[other])
+
+
+def test_real_against_real_has_a_ratio_near_one() -> None:
+    """Fresh images of the real distribution come out at their floor; other ones far above it."""
+    patients = np.array([f"p{i}" for i in range(400)])
+    raw = {"mean and spread": lambda images: images.reshape(len(images), -1)[:, :4].astype(np.float32)}
+    real = np.random.default_rng(0).integers(0, 100, (400, 8, 8)).astype(np.uint8)
+    fresh = np.random.default_rng(1).integers(0, 100, (400, 8, 8)).astype(np.uint8)
+    near = fidelity.compare(real, patients, fresh, raw)["frechet (mean and spread)"]
+    far = fidelity.compare(real, patients, fresh + 60, raw)["frechet (mean and spread)"]
+    assert 0.2 < near["ratio"] < 3 and far["ratio"] > 20
+
+
+# The judge
+
+
+@pytest.mark.slow
+def test_the_judge_notices_what_is_not_real() -> None:
+    """A judge tells smooth from sharp on images it never saw, and cannot tell like from like."""
+    how = Judging(steps=25, batch=16, size=SIZE)
+    patients = np.array([f"p{i}" for i in range(40)])
+    assert fidelity.told_apart(speckle(40, 0), patients, speckle(40, 1, smooth=True), None, how).value > 0.9
+    assert 0.2 < fidelity.told_apart(speckle(40, 0), patients, speckle(40, 1), None, how).value < 0.8
+
+
+def test_real_images_meet_the_generated_ones_class_balance(tmp_path: Path) -> None:
+    """Real images are drawn in the generated ones' class balance, so that no judge can go by the class."""
+    (tmp_path / "manifest.csv").write_text("pathology\n" + "benign\n" * 3 + "malignant\n")
+    rows = data.read_manifest(data_folder(tmp_path / "data", patients=30))
+    chosen = [row.pathology for row in fidelity_report._fair(rows, tmp_path, 100)]
+    assert chosen.count("benign") == pytest.approx(3 * chosen.count("malignant"), abs=2)
+    assert "normal" not in chosen
+
+
+def test_a_page_says_what_was_not_measured(tmp_path: Path) -> None:
+    """Without a reader's checkpoint the page says that the masks were not judged; a blind judge concludes nothing."""
+    bounds = {"value": 0.6, "low": 0.5, "high": 0.7}
+    found = {
+        "images": {"real": 10, "generated": 10},
+        "size": 64,
+        "distances": {},
+        "judge": {"generated": bounds, "reconstructions": bounds, "blurred": bounds, "valid": False},
+        "mask agreement": None,
+        "speed": {"images_per_second": 5.0, "steps": 20, "threads": 2},
+    }
+    text = fidelity_report.write(found, tmp_path).read_text()
+    assert "not measured" in text and "concludes nothing" in text
+
+
+def test_the_picture_shows_nobody(tmp_path: Path) -> None:
+    """The picture is made of generated images alone, the healthy ones too."""
+    path = fidelity_report.picture(tiny(), tmp_path, pairs=1)
+    assert Image.open(path).size == (8 * SIZE, 5 * (SIZE + 14))
+
+
+# What generated images are worth
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return data_folder(tmp_path / "data", patients=24)
+
+
+PAINTED = Settings(source="painted", steps=2, batch=4, size=SIZE, seeds=1)
+
+
+def test_arms_differ_only_in_what_they_see() -> None:
+    """Every arm takes the same steps with the same batch; only sources and augmentation differ."""
+    every = [value.reader_settings(Run(arm, 0), PAINTED) for arm in value.arms(100)]
+    assert len({(s.steps, s.batch, s.size, s.rate) for s in every}) == 1
+    assert [run.seed for run in value.queue(value.arms(100), 2)[:7]] == [0] * 7
+
+
+def test_duplicates_are_as_many_as_the_real_images(root: Path, tmp_path: Path) -> None:
+    """The duplicate arm holds each real image twice and no other; validation is real in every arm."""
+    folder = value.assemble(Run(Arm("twice", duplicates=1.0), 0), root, None, tmp_path / "arm", PAINTED)
+    rows = data.read_manifest(folder)
+    train = [row for row in rows if row.split == "train"]
+    assert len(train) == 32 and len({row.image for row in train}) == 16
+    assert {row.source for row in rows if row.split == "val"} == {"painted"}
+
+
+def test_generated_only_sees_no_real_image(root: Path, tmp_path: Path) -> None:
+    """The synthetic-only arm trains on generated images alone."""
+    how = synthesise.Settings(count=6, filtered=False, sampling=synthesise.Sampling(steps=2))
+    synthesise.generate(tiny(), tmp_path / "made", how, None)
+    run = Run(Arm("only", real=0.0, generated=4), 0)
+    rows = data.read_manifest(value.assemble(run, root, tmp_path / "made", tmp_path / "arm", PAINTED))
+    assert {row.source for row in rows if row.split == "train"} == {"synthetic"}
+    assert sum(row.split == "train" for row in rows) == 4
+
+
+def test_a_generator_that_saw_a_test_is_refused(root: Path) -> None:
+    """An arm that calls a set external may not use images of a generator that saw it."""
+    rows, arm = data.read_manifest(root), Arm("with", generated=4)
+    honest, other = tiny().card, tiny().card
+    value.assert_unseen(arm, rows, type(honest)(**{**vars(honest), "trained_on": ("painted",)}), PAINTED)
+    with pytest.raises(Misconfigured, match="busi"):
+        value.assert_unseen(arm, rows, type(other)(**{**vars(other), "trained_on": ("painted", "busi")}), PAINTED)
+    with pytest.raises(Misconfigured, match="card"):
+        value.assert_unseen(arm, rows, None, PAINTED)
+
+
+def test_a_gain_is_paired_with_the_best_control() -> None:
+    """An arm's gain over a control is the difference of their AUC on the same patients, with its interval."""
+    truth = np.array([0, 1] * 20)
+    means = {"real": np.zeros(40), "made": truth.astype(float)}
+    patients = np.array([f"p{i}" for i in range(40)])
+    line = value._line("made", "real", means, {"made": [1.0], "real": [0.5]}, truth, patients)
+    assert line["against"] == "real" and line["gain"]["value"] == pytest.approx(0.5) and line["gain"]["low"] > 0
+    assert "gain" not in value._line("real", "real", means, {"real": [0.5]}, truth, patients)
+
+
+# Cost
+
+
+def test_cost_is_speed_multiplied_out(tmp_path: Path) -> None:
+    """Hours are images over speed, and every assumption is on the page."""
+    speeds = cost.Speeds("cpu", "a machine", coder=100, encoding=1000, flow=200, sample_bytes=6144)
+    assumed = cost.Assumed(images=720_000, epochs=10, coder_images=360_000)
+    assert cost.hours(speeds, assumed) == {"autoencoder": 1.0, "encoding": 0.2, "flow": 10.0}
+    page = cost.write([speeds], assumed, tmp_path).read_text()
+    assert "720,000 images" in page and "a machine" in page and "4 GB" in page
