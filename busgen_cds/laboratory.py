@@ -16,10 +16,8 @@ import typer
 from rich.console import Console
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from busgen_cds.bundle import Bundle
+    from busgen_cds.learning.evaluate import ForeignFile
     from busgen_cds.learning.generator import Generator
     from busgen_cds.learning.recipes.train_reader import Report
     from busgen_cds.learning.release import Filter
@@ -211,20 +209,30 @@ def _open(folder: Path, trust: list[Path]) -> Bundle:
     return bundle.Bundle.open(folder, signing.Verifier.of(*pairs))
 
 
-def _foreign(folder: Path) -> dict[str, NDArray[np.uint8]]:
-    """DICOM files of other organs, as the engine would see them; no frame where intake already refuses."""
+def _foreign(folder: Path) -> dict[str, ForeignFile]:
+    """DICOM files of other organs: whether intake refuses them, and their pictures as the gate alone would see them."""
     import numpy as np
 
     from busgen_cds import pixels
-    from busgen_cds.dicom import intake
+    from busgen_cds.dicom import decode, intake
+    from busgen_cds.learning.evaluate import ForeignFile
     from busgen_cds.study import NotForUs
 
-    found: dict[str, NDArray[np.uint8]] = {}
+    found: dict[str, ForeignFile] = {}
     for path in sorted(folder.rglob("*.dcm")) if folder.is_dir() else ():
-        study = intake.study([(path.read_bytes(), path.name)])
-        frames = () if isinstance(study, NotForUs) else study.frames[:24]
-        pictures = [np.rint(pixels.prepare(frame.tissue)[0][0] * 255).astype(np.uint8) for frame in frames]
-        found[str(path.relative_to(folder))] = np.array(pictures, np.uint8).reshape(-1, pixels.SIZE, pixels.SIZE)
+        refused = isinstance(intake.study([(path.read_bytes(), path.name)]), NotForUs)
+        pictures = []
+        try:
+            opened = decode.open_file(path.read_bytes())
+            frames = decode.Frames(opened, decode.shape(opened))
+            for index in range(min(frames.available, 12)):
+                prepared, _ = pixels.prepare(frames.decode(index).grey)
+                pictures.append(np.rint(prepared[0] * 255).astype(np.uint8))
+        except decode.Unreadable as reason:
+            console.print(f"{path.name}: {reason}")
+        found[str(path.relative_to(folder))] = ForeignFile(
+            refused, np.array(pictures, np.uint8).reshape(-1, pixels.SIZE, pixels.SIZE)
+        )
     return found
 
 

@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -52,6 +52,13 @@ class Set:
 
     name: str
     keep: Flags  # over all images
+
+
+class ForeignFile(NamedTuple):
+    """A DICOM file that shows no breast."""
+
+    refused: bool  # by intake, from what its header and its picture say
+    pictures: NDArray[np.uint8]  # (k, S, S): what the gate alone would have to judge
 
 
 def tests(images: data.Images, sources: Sequence[str]) -> list[Set]:
@@ -103,7 +110,7 @@ def measure(
     images: data.Images,
     read: Readings,
     run: Run,
-    foreign: Mapping[str, NDArray[np.uint8]],
+    foreign: Mapping[str, ForeignFile],
     tell: Callable[[str], None] = lambda line: None,
     sweeps: tuple[int, int] = (25, 300),
 ) -> dict[str, Any]:
@@ -436,9 +443,7 @@ def randomise(graph: bytes, seed: int = 0) -> bytes:
     return bytes(model.SerializeToString())
 
 
-def gate(
-    arm: Arm, images: data.Images, read: Readings, run: Run, foreign: Mapping[str, NDArray[np.uint8]]
-) -> dict[str, Any]:
+def gate(arm: Arm, images: data.Images, read: Readings, run: Run, foreign: Mapping[str, ForeignFile]) -> dict[str, Any]:
     """Share of frames that are declined as unlike the training data."""
     import safetensors.numpy
 
@@ -456,17 +461,18 @@ def gate(
     found: dict[str, Any] = {name: figures.wilson(int(declined[k].sum()), int(k.sum())) for name, k in sets.items()}
     if not foreign:
         return found
-    files = {}
-    for name, pictures in foreign.items():
-        if len(pictures):
-            embedding = calibrate.read(run, pictures).embedding
-            far = calibrate.Gate(held["mean"], held["whiten"]).distance(embedding)
-            files[name] = float((far > arm.manifest.thresholds.domain).mean())
-    gated = sum(share > 0.5 for share in files.values())
-    refused = len(foreign) - len(files)
-    found["files of other organs"] = figures.wilson(gated + refused, len(foreign))
-    found["files of other organs that reach the gate"] = figures.wilson(gated, len(files))
-    found["files read after all"] = sorted(name for name, share in files.items() if share <= 0.5)
+    strange: dict[str, bool] = {}
+    for name, file in foreign.items():
+        if len(file.pictures):
+            far = calibrate.Gate(held["mean"], held["whiten"]).distance(calibrate.read(run, file.pictures).embedding)
+            strange[name] = float((far > arm.manifest.thresholds.domain).mean()) >= 0.5
+    kept = sorted(name for name, file in foreign.items() if not file.refused and not strange.get(name, False))
+    found["files of other organs"] = figures.wilson(len(foreign) - len(kept), len(foreign))
+    refused = sum(file.refused for file in foreign.values())
+    found["files of other organs, by what their header says"] = figures.wilson(refused, len(foreign))
+    found["files of other organs, by the gate alone"] = figures.wilson(sum(strange.values()), len(strange))
+    found["files read after all"] = kept
+    found["files the gate alone would read"] = sorted(name for name, far in strange.items() if not far)
     return found
 
 

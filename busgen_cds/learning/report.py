@@ -189,6 +189,9 @@ def _arm(arm: Document) -> Iterable[str]:
     if arm["gate"].get("files read after all"):
         yield f"Read after all: {', '.join(arm['gate']['files read after all'])}."
         yield ""
+    if arm["gate"].get("files the gate alone would read"):
+        yield f"The gate alone would read: {', '.join(arm['gate']['files the gate alone would read'])}."
+        yield ""
     if arm.get("frames"):
         yield "### Studies of many frames (simulated sweeps of BUS-BRA test patients, 3/4A border)"
         yield from _table(
@@ -246,7 +249,7 @@ def _roc(axes: Any, document: Document) -> None:
 
 
 def _reliability(axes: Any, document: Document) -> None:
-    bins = document["arms"]["shipped"]["calibration"]["BUS-BRA test"]["bins"]
+    bins = document["arms"]["shipped"]["calibration"].get("BUS-BRA test", {"bins": []})["bins"]
     stated = [b["stated"] for b in bins]
     found = [b["found"]["value"] for b in bins]
     spread = [
