@@ -191,6 +191,21 @@ class Delivered:
 
 
 @dataclass(frozen=True)
+class Stored:
+    """An object at rest: how it is addressed, and its bytes when they are asked for."""
+
+    ref: str
+    sop_class_uid: str
+    sop_instance_uid: str
+    transfer_syntax_uid: str
+    opener: Callable[[str], bytes] = field(repr=False, compare=False)
+
+    @property
+    def data(self) -> bytes:
+        return self.opener(self.ref)
+
+
+@dataclass(frozen=True)
 class Shown:
     """A result with everything that is known of it."""
 
@@ -234,6 +249,7 @@ class Results:
     ) -> Entry:
         """Keep a result with all that belongs to it. Repeated, or late and with less evidence, it changes nothing."""
         now = self._clock()
+        digests = [signing.digest(each.data) for each in rendered]
         with self._database.transaction() as session:
             known = _current(session, study_ref)
             if known and (known.evidence_digest == evidence_digest or known.instances > instances):
@@ -257,10 +273,10 @@ class Results:
             row["accession_blind"] = self._vault.blind(accession_number) if accession_number else ""
             row["document"] = seal.seal(signing.canonical(to_document(answer)), entry.ref.encode())
             session.execute(sa.insert(_results).values(row))
-            refs = self._keep_objects(session, entry, rendered, seal)
+            refs = self._keep_objects(session, entry, rendered, digests, seal)
             for each in addressees:
                 self._address(session, entry, each, {r: o.kind for r, o in zip(refs, rendered, strict=True)}, now)
-            audit.record(session, *_acts_of(entry, rendered), at=now)
+            audit.record(session, *_acts_of(entry, rendered, digests), at=now)
             if session_also:
                 session_also(session)
         return entry
@@ -270,9 +286,11 @@ class Results:
         unsent = (_deliveries.c.result_ref == old.ref) & _deliveries.c.state.in_(("waiting", "parked"))
         session.execute(sa.update(_deliveries).where(unsent).values(state="withdrawn", reason="superseded"))
 
-    def _keep_objects(self, session: Session, entry: Entry, objects: Sequence[Rendered], seal: Vault) -> list[str]:
+    def _keep_objects(
+        self, session: Session, entry: Entry, objects: Sequence[Rendered], digests: Sequence[str], seal: Vault
+    ) -> list[str]:
         refs = [secrets.token_hex(16) for _ in objects]
-        for number, (ref, each) in enumerate(zip(refs, objects, strict=True)):
+        for number, (ref, each, digest) in enumerate(zip(refs, objects, digests, strict=True)):
             session.execute(
                 sa.insert(_rendered).values(
                     ref=ref,
@@ -283,7 +301,7 @@ class Results:
                     sop_instance_uid=each.sop_instance_uid,
                     series_instance_uid=each.series_instance_uid,
                     transfer_syntax_uid=each.transfer_syntax_uid,
-                    sha256=signing.digest(each.data),
+                    sha256=digest,
                     data=seal.seal(each.data, ref.encode()),
                 )
             )
@@ -485,11 +503,18 @@ class Results:
             deliveries = [Delivery(**row._mapping) for row in session.execute(query)]
         return tuple((d, each) for d in deliveries for each in self.delivered(d.ref) if each.state == "refused")
 
-    def to_send(self, delivery_ref: str) -> tuple[Rendered, ...]:
+    def to_send(self, delivery_ref: str) -> tuple[Stored, ...]:
+        """What this destination has not been told yet, the report first; each is opened when its turn comes."""
         waiting = sa.select(_delivered.c.rendered_ref).where(
             _delivered.c.delivery_ref == delivery_ref, _delivered.c.state == "waiting"
         )
-        return self._open_objects(sa.select(_rendered).where(_rendered.c.ref.in_(waiting)).order_by(_rendered.c.number))
+        columns = (_rendered.c.ref, _rendered.c.sop_class_uid, _rendered.c.sop_instance_uid)
+        query = sa.select(*columns, _rendered.c.transfer_syntax_uid).where(_rendered.c.ref.in_(waiting))
+        with self._database.reading() as session:
+            return tuple(Stored(*row, self._open_one) for row in session.execute(query.order_by(_rendered.c.number)))
+
+    def _open_one(self, rendered_ref: str) -> bytes:
+        return self._open_objects(sa.select(_rendered).where(_rendered.c.ref == rendered_ref))[0].data
 
     def is_current(self, result_ref: str) -> bool:
         with self._database.reading() as session:
@@ -716,7 +741,7 @@ def _alarm(replaced: Entry | None, rank: int, said: str) -> str:
     return f"Revision {replaced.revision} said {before}; the one that replaces it says {said}."
 
 
-def _acts_of(entry: Entry, rendered: Sequence[Rendered]) -> list[audit.Act]:
+def _acts_of(entry: Entry, rendered: Sequence[Rendered], digests: Sequence[str]) -> list[audit.Act]:
     detail = {
         "result": entry.ref,
         "revision": entry.revision,
@@ -724,7 +749,7 @@ def _acts_of(entry: Entry, rendered: Sequence[Rendered]) -> list[audit.Act]:
         "bundle": entry.bundle_digest,
         "evidence": entry.evidence_digest,
         "supersedes": entry.supersedes,
-        "objects": {each.sop_instance_uid: signing.digest(each.data) for each in rendered},
+        "objects": {each.sop_instance_uid: digest for each, digest in zip(rendered, digests, strict=True)},
     }
     acts = [audit.Act("result made", "reading", entry.reason, entry.study_ref, detail)]
     if entry.alarm:
