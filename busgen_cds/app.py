@@ -198,6 +198,7 @@ def receiving_desk(chosen: Settings) -> ReceivingDesk:
         receive=site.inbox.receive,
         arrived=site.desk.arrived,
         association_closed=site.desk.association_closed,
+        committed=site.desk.committed,
         commitment=partial(_answer_for, site),
         noted=noted,
     )

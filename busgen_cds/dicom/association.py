@@ -26,6 +26,7 @@ from pydicom.dataset import Dataset
 from busgen_cds.arrival import Arrival, Incoming, Kept, NoRoom
 from busgen_cds.dicom import identity, peek
 from busgen_cds.dicom import upper_layer as ul
+from busgen_cds.dicom.commitment import Commitment, read_report
 from busgen_cds.dicom.upper_layer import Accepted, Command, Fragment, Gone, Proposed, Released, Request, Wire
 
 log = logging.getLogger(__name__)
@@ -75,6 +76,7 @@ UNRECOGNISED_OPERATION = 0x0211
 _C_STORE, _C_ECHO, _N_EVENT, _N_ACTION, _C_CANCEL = 0x0001, 0x0030, 0x0100, 0x0130, 0x0FFF
 _RESPONSE = 0x8000
 _LONGEST_ACTION = 16 << 20
+_UNREADABLE = (AttributeError, ValueError, KeyError, TypeError, struct.error, EOFError, NotImplementedError)
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,7 @@ class Desk:
     commitment: Callable[[CommitmentRequest], CommitmentReport]
     report_later: Callable[[CommitmentReport], bool] = lambda _report: False  # True: it will be sent to their node
     noted: Callable[[Noted], None] = lambda _noted: None
+    committed: Callable[[Commitment], None] = lambda _word: None  # a PACS's word on what we sent it
 
 
 class Places(Protocol):
@@ -245,8 +248,8 @@ class Association:
     def _converse(self, request: Request) -> None:
         answers = negotiate(request.contexts)
         self._contexts = {answer.id: answer for answer in answers if answer.result == 0}
-        # PS3.4 J.3: the requestor of commitment stays SCU; we grant no other role than the default
-        roles = {sop_class: (scu, 0) for sop_class, (scu, _) in request.roles.items() if sop_class == COMMITMENT}
+        # PS3.4 J.3: a scanner asks for commitment as SCU; a PACS that reports on what we sent it is the SCP
+        roles = {sop_class: role for sop_class, role in request.roles.items() if sop_class == COMMITMENT}
         self._wire.accept(request, answers, roles)
         self._fragments = self._wire.fragments()
         try:
@@ -279,6 +282,8 @@ class Association:
             self._answer(context, command, 0x0000)
         elif kind == _N_ACTION and has_data and context.abstract_syntax == COMMITMENT:
             self._action(context, command)
+        elif kind == _N_EVENT and has_data and context.abstract_syntax == COMMITMENT:
+            self._event(context, command)
         else:
             self._other(context, command, kind, has_data)
 
@@ -368,16 +373,31 @@ class Association:
 
     # -- storage commitment ----------------------------------------------------------------------------------------
 
-    def _action(self, context: Accepted, command: Command) -> None:
+    def _event(self, context: Accepted, command: Command) -> None:
+        """A PACS says, on an association of its own, what it keeps of what we sent it."""
+        raw = self._all_data(context)
+        try:
+            word = read_report(_read(raw, context.transfer_syntax))
+        except _UNREADABLE:
+            self._answer(context, command, 0x0115, "The report on commitment cannot be understood")
+            return
+        self._desk.committed(word)
+        self._answer(context, command, 0x0000)
+
+    def _all_data(self, context: Accepted) -> bytes:
         raw = bytearray()
         for piece in self._data(context):
             raw += piece
             if len(raw) > _LONGEST_ACTION:
                 self._wire.abort()
-                raise Gone("It asks for commitment without an end")
+                raise Gone("It speaks of commitment without an end")
+        return bytes(raw)
+
+    def _action(self, context: Accepted, command: Command) -> None:
+        raw = self._all_data(context)
         try:
-            request = self._commitment_request(bytes(raw), context.transfer_syntax)
-        except (AttributeError, ValueError, KeyError, TypeError, struct.error, EOFError, NotImplementedError):
+            request = self._commitment_request(raw, context.transfer_syntax)
+        except _UNREADABLE:
             self._answer(context, command, 0x0115, "The request for commitment cannot be understood")
             return
         report = self._desk.commitment(request)
@@ -387,7 +407,7 @@ class Association:
 
     def _commitment_request(self, raw: bytes, transfer_syntax: str) -> CommitmentRequest:
         implicit = transfer_syntax == uids.ImplicitVRLittleEndian
-        asked = pydicom.dcmread(io.BytesIO(_part10_head(transfer_syntax) + raw), force=True)
+        asked = _read(raw, transfer_syntax)
         if not asked or (implicit and not raw):
             raise ValueError("nothing is asked")
         return CommitmentRequest(
@@ -411,6 +431,10 @@ class Association:
             }
         )
         self._wire.send_message(context.id, command, encode(event_report(report), context.transfer_syntax))
+
+
+def _read(raw: bytes, transfer_syntax: str) -> Dataset:
+    return pydicom.dcmread(io.BytesIO(_part10_head(transfer_syntax) + raw), force=True)
 
 
 def event_type(report: CommitmentReport) -> int:

@@ -268,6 +268,7 @@ class _Bell:
             association_closed=lambda refs: self._queue.put(("closed", refs)),
             commitment=desk.commitment,
             report_later=desk.report_later,
+            committed=desk.committed,
             noted=lambda noted: self._queue.put(("noted", noted)),
         )
         self._thread = threading.Thread(target=self._ring, name="bell", daemon=True)

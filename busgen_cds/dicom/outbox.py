@@ -38,6 +38,7 @@ from pynetdicom.sop_class import (  # type: ignore[attr-defined]
     Verification,
 )
 
+from busgen_cds.dicom.commitment import Commitment, read_report
 from busgen_cds.errors import Misconfigured, Transient
 
 logging.getLogger("pynetdicom").setLevel(logging.CRITICAL)  # what it would say, we say with the study and the remedy
@@ -115,15 +116,6 @@ class Instance(NamedTuple):
     sop_instance_uid: str
 
 
-@dataclass(frozen=True)
-class Commitment:
-    """A PACS's word on a request: what it keeps, and what it does not, with the reason."""
-
-    transaction_uid: str
-    kept: tuple[str, ...]
-    failed: tuple[tuple[str, str], ...] = ()
-
-
 # PS3.4 B.2.3 and PS3.7 annex C: what a C-STORE status means for an operator.
 REFUSALS = {
     0x0110: "processing failure",
@@ -136,15 +128,6 @@ REFUSALS = {
     0xC000: "cannot be understood",
 }
 _WARNINGS = {0x0001, 0x0107, 0x0116, 0xB000, 0xB006, 0xB007}
-# PS3.4 J.3.3.1.1: failure reasons of storage commitment.
-_NOT_KEPT = {
-    0x0110: "processing failure",
-    0x0112: "no such object",
-    0x0119: "class and instance conflict",
-    0x0122: "SOP class not supported",
-    0x0131: "duplicate transaction",
-    0x0213: "resource limitation",
-}
 
 
 def send(objects: Sequence[Sendable], to: Node) -> Iterator[Sent]:
@@ -302,16 +285,6 @@ def _reference(each: Instance) -> Dataset:
     item.ReferencedSOPClassUID = each.sop_class_uid
     item.ReferencedSOPInstanceUID = each.sop_instance_uid
     return item
-
-
-def read_report(report: Dataset) -> Commitment:
-    """An N-EVENT-REPORT of storage commitment, on whichever association it came."""
-    kept = tuple(str(item.ReferencedSOPInstanceUID) for item in report.get("ReferencedSOPSequence", ()))
-    failed = tuple(
-        (str(item.ReferencedSOPInstanceUID), _NOT_KEPT.get(code := int(item.get("FailureReason", 0)), f"0x{code:04X}"))
-        for item in report.get("FailedSOPSequence", ())
-    )
-    return Commitment(str(report.get("TransactionUID", "")), kept, failed)
 
 
 def new_transaction_uid() -> str:

@@ -15,9 +15,7 @@ from datetime import timedelta
 from dbos import DBOS
 
 from busgen_cds.dicom import outbox
-from busgen_cds.dicom.outbox import Commitment
 from busgen_cds.flows import desk as desks
-from busgen_cds.flows.desk import Desk
 from busgen_cds.flows.read_study import RECOVERIES, desk_in_use
 from busgen_cds.flows.services import Services, failed, in_use, log
 from busgen_cds.store.results import Delivery
@@ -107,33 +105,11 @@ def _ask_commitment(services: Services, delivery: Delivery) -> str:
         transaction_uid=transaction,
         wait_seconds=services.waits.commitment,
     )
-    return heard(services, word) if word else "later"
-
-
-def heard(services: Services, word: Commitment) -> str:
-    """A PACS's word on a request for storage commitment, on whichever association it came."""
-    delivery = services.results.by_transaction(word.transaction_uid)
-    if delivery is None or delivery.state != "asked":
-        return "unknown"
-    for uid in word.kept:
-        services.results.said(delivery, uid, "confirmed")
-    for uid, reason in word.failed:
-        services.results.said(delivery, uid, "waiting", f"not committed: {reason}")
-    states = {each.state for each in services.results.delivered(delivery.ref)}
-    if "waiting" in states:
-        return _later(services, delivery, f"{delivery.destination} does not keep what it stored: sent again.")
-    if "sent" in states:
+    if word is None:
         return "later"
-    services.results.move(delivery, "done")
-    return "done"
-
-
-def committed(services: Services, desk: Desk, word: Commitment) -> None:
-    """The same, heard by the listener on an association of the PACS's own."""
-    if heard(services, word) == "later":
-        delivery = services.results.by_transaction(word.transaction_uid)
-        if delivery is not None:
-            desk.deliver(delivery, after_seconds=max(0.0, (delivery.next_try_at - services.clock()).total_seconds()))
+    again_at = services.clock() + timedelta(seconds=services.waits.retry(delivery.tries))
+    now = services.results.heard(word.transaction_uid, word.kept, word.failed, again_at=again_at)
+    return "done" if now and now.state == "done" else "later"
 
 
 def _answer_failure(services: Services, delivery: Delivery, error: Exception) -> str:

@@ -11,12 +11,14 @@ from __future__ import annotations
 import sqlite3
 import threading
 from collections.abc import Iterable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
 from dbos import DBOS, DBOSClient, DebouncerClient
 
+from busgen_cds.dicom.commitment import Commitment
 from busgen_cds.flows.services import Waits
 from busgen_cds.store.inbox import Inbox
 from busgen_cds.store.jobs import Jobs
@@ -124,6 +126,13 @@ class Desk:
     def hasten(self, deliveries: Iterable[Delivery]) -> None:
         for each in deliveries:
             self.client.set_workflow_delay(_name(each), delay_seconds=0)
+
+    def committed(self, word: Commitment) -> None:
+        """A PACS's word on what it got from us, heard on an association of its own."""
+        again_at = datetime.now(UTC) + timedelta(seconds=self.waits.first_retry)
+        delivery = self.results.heard(word.transaction_uid, word.kept, word.failed, again_at=again_at)
+        if delivery is not None and delivery.state == "waiting":
+            self.deliver(delivery, after_seconds=self.waits.first_retry)
 
     # -- an operator's verbs -----------------------------------------------------------------------------------------
 

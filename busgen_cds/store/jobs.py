@@ -143,7 +143,7 @@ class Jobs:
         with self._database.reading() as session:
             return list(session.execute(sa.select(_executors.c.id).where(recent).order_by(_executors.c.id)).scalars())
 
-    def silent(self, *, since: timedelta, but: str) -> list[str]:
+    def silent(self, *, since: timedelta, but: str = "") -> list[str]:
         """Others than me that stopped saying that they are alive. They stay in the list until they speak or leave."""
         late = (_executors.c.beat_at < self._clock() - since) & (_executors.c.id != but)
         with self._database.reading() as session:

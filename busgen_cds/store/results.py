@@ -576,6 +576,25 @@ class Results:
         found = self._deliveries_where(_deliveries.c.transaction_uid == transaction_uid) if transaction_uid else ()
         return found[0] if found else None
 
+    def heard(
+        self, transaction_uid: str, kept: Iterable[str], failed: Iterable[tuple[str, str]], *, again_at: datetime
+    ) -> Delivery | None:
+        """A PACS's word on a request for storage commitment: what it does not keep is to be sent again."""
+        delivery = self.by_transaction(transaction_uid)
+        if delivery is None or delivery.state != "asked":
+            return delivery
+        for uid in kept:
+            self.said(delivery, uid, "confirmed")
+        for uid, reason in failed:
+            self.said(delivery, uid, "waiting", f"not committed: {reason}")
+        states = {each.state for each in self.delivered(delivery.ref)}
+        if "waiting" in states:
+            reason = f"{delivery.destination} does not keep what it stored: it is sent again."
+            self.move(delivery, "waiting", reason=reason, next_try_at=again_at)
+        elif "sent" not in states:
+            self.move(delivery, "done")
+        return self.delivery(delivery.ref)
+
     def resend(self, result_ref: str, *, who: str, destination: str | None = None) -> tuple[Delivery, ...]:
         """Send all objects of a result again, byte for byte; also those that were refused or confirmed."""
         mine = _deliveries.c.result_ref == result_ref
