@@ -105,6 +105,7 @@ def open_file(data: bytes) -> Opened:
 
 def shape(opened: Opened) -> Shape:
     """Judge what the header says of the pixels, before a byte of them is decoded."""
+    _check_syntax(opened.syntax)
     if opened.pixels_at is None:
         raise Unreadable("it has no pixel data")
     header = opened.header
@@ -129,6 +130,14 @@ def shape(opened: Opened) -> Shape:
     )
     _check_pixel_format(said)
     return said
+
+
+def _check_syntax(syntax: UID) -> None:
+    try:
+        get_decoder(syntax)
+    except NotImplementedError as unknown:
+        name = syntax.name if syntax.name != str(syntax) else "a private transfer syntax"
+        raise Unreadable(f"it is encoded in a way that is not read: {name}") from unknown
 
 
 def _check_pixel_format(said: Shape) -> None:

@@ -25,6 +25,8 @@ READ = {
     "1.2.840.10008.5.1.4.1.1.3": "Ultrasound Multi-frame Image (retired)",
 }
 
+ENHANCED_VOLUME = "1.2.840.10008.5.1.4.1.1.6.2"
+
 BREAST = re.compile(
     r"\b(breasts?|mamma\w*|mammo\w*|mama|mamas|brust|sein|seins|seno|senos|bröst|borst|piers\w*)\b|乳|유방"
 )
@@ -114,6 +116,8 @@ def _other_kind(sop_class: str) -> str:
         return "secondary capture: not an original ultrasound image"
     if uid.startswith("1.2.840.10008.5.1.4.1.1.88"):
         return "structured report: not an image"
+    if uid == ENHANCED_VOLUME:
+        return "3D ultrasound volume: not a 2D picture"
     name = uid.name if uid.name != sop_class else "an unknown or private kind of object"
     return f"not an ultrasound image: {name}"
 

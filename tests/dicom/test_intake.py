@@ -50,6 +50,15 @@ def altered(base: dict[str, Any] | None = None, **header: Any) -> bytes:
     return images.part10(ds)
 
 
+def encoded_as(syntax: str) -> bytes:
+    """An image whose file says another transfer syntax than it has."""
+    data = images.breast_image(syntax=JPEGBaseline8Bit)
+    old = b"1.2.840.10008.1.2.4.50"
+    new = syntax.encode().ljust(len(old) + len(old) % 2, b"\0")
+    at = data.index(old)
+    return data[: at - 2] + len(new).to_bytes(2, "little") + new + data[at + len(old) + len(old) % 2 :]
+
+
 def code(meaning: str) -> Items:
     item = Dataset()
     item.CodeValue, item.CodingSchemeDesignator, item.CodeMeaning = "1", "99TEST", meaning
@@ -290,6 +299,9 @@ def test_the_same_file_twice_counts_once() -> None:
         (altered(SOPClassUID="1.2.840.10008.5.1.4.1.1.88.33"), "structured report"),
         (altered(SOPClassUID="1.2.840.10008.5.1.4.1.1.2"), "CT Image Storage"),
         (altered(SOPClassUID="1.2.3.4.5"), "unknown or private"),
+        (altered(SOPClassUID="1.2.840.10008.5.1.4.1.1.6.2"), "3D ultrasound volume"),
+        (encoded_as("1.2.840.10008.1.2.4.102"), "MPEG-4"),
+        (encoded_as("1.2.3.4.5.6"), "private transfer syntax"),
         (altered(PixelData=None), "no pixel data"),
         (altered(PixelData=b"\0" * 1000), "end before"),
         (altered(PixelData=b"\0" * 480000), "no tissue"),
