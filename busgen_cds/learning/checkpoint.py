@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,3 +72,28 @@ def restore_optimiser(optimiser: torch.optim.Optimizer, tensors: Mapping[str, Te
         index, slot = name.split(".", 1)
         state.setdefault(int(index), {})[slot] = tensor
     optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
+
+
+def blend(paths: Sequence[Path], shares: Sequence[float]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The mean of averaged weights, by shares (Wortsman et al. 2022, robust fine-tuning by weight interpolation).
+
+    For runs of which the last started from the others. It is described by the last run's settings, with every source
+    that any of them saw.
+    """
+    if len(paths) != len(shares) or abs(sum(shares) - 1) > 1e-6:
+        raise Misconfigured(f"{len(paths)} checkpoints need as many shares that sum to one, not {list(shares)}.")
+    opened = [read(path) for path in paths]
+    names = [set(part(tensors, "average.")) for tensors, _ in opened]
+    if any(other != names[0] for other in names):
+        raise Misconfigured(f"The checkpoints {', '.join(map(str, paths))} hold networks of different shapes.")
+    mixed = {
+        f"average.{name}": sum(
+            (share * tensors[f"average.{name}"] for share, (tensors, _) in zip(shares, opened, strict=True)),
+            torch.zeros(()),
+        )
+        for name in sorted(names[0])
+    }
+    last = opened[-1][1]
+    sources = sorted({source for _, notes in opened for source in notes["settings"]["sources"]})
+    runs = [{"share": share, **notes} for share, (_, notes) in zip(shares, opened, strict=True)]
+    return mixed, {"step": last["step"], "settings": last["settings"] | {"sources": sources}, "blend": runs}

@@ -168,3 +168,17 @@ def test_a_task_with_one_class_is_refused(tmp_path: Path) -> None:
     path.write_text('name = "grade"\ncolumn = "birads"\n[[classes]]\nname = "low"\nvalues = ["2"]\n')
     with pytest.raises(Misconfigured, match="two classes"):
         tasks.read(path)
+
+
+def test_a_blend_is_the_mean_of_its_runs(tmp_path: Path) -> None:
+    """A blend holds the mean of the averaged weights, and says every source that any run saw."""
+    paths = []
+    for value, source in ((0.0, "busbra"), (1.0, "busi")):
+        path = tmp_path / f"{source}.safetensors"
+        checkpoint.write(path, {"average.w": torch.full((3,), value)}, {"step": 1, "settings": {"sources": [source]}})
+        paths.append(path)
+    tensors, notes = checkpoint.blend(paths, [0.3, 0.7])
+    assert torch.allclose(tensors["average.w"], torch.full((3,), 0.7))
+    assert notes["settings"]["sources"] == ["busbra", "busi"]
+    with pytest.raises(Misconfigured, match="sum to one"):
+        checkpoint.blend(paths, [0.3, 0.3])
