@@ -21,7 +21,7 @@ from dbos import DBOS, DBOSClient, DebouncerClient
 from busgen_cds.dicom.commitment import Commitment
 from busgen_cds.flows.services import Waits
 from busgen_cds.store.inbox import Inbox
-from busgen_cds.store.jobs import Jobs
+from busgen_cds.store.jobs import Job, Jobs
 from busgen_cds.store.results import Delivery, Results
 
 APPLICATION = "busgen-cds"
@@ -86,7 +86,7 @@ class Desk:
             return "engine stopped"
         job = self.jobs.begin(study_ref, evidence_digest)
         while job.state != "parked":
-            name = f"read-{study_ref}-{evidence_digest[:16]}-{job.attempt}"
+            name = _name_of_reading(job)
             status = self._status(name)
             if status is None:
                 self._ask(READ_STUDY, READ, name, study_ref, evidence_digest, job.attempt)
@@ -99,11 +99,37 @@ class Desk:
             job = self.jobs.another_attempt(job)
         return "parked"
 
+    def under_way(self, jobs: Iterable[Job]) -> set[str]:
+        """Which of these studies are being read, or are in the queue for it."""
+        names = {_name_of_reading(job): job.study_ref for job in jobs}
+        active: set[str] = set()
+        for chunk in _chunks(sorted(names)):
+            found = self.client.list_workflows(
+                workflow_ids=chunk, status=list(_ACTIVE), load_input=False, load_output=False
+            )
+            active |= {names[each.workflow_id] for each in found}
+        return active
+
+    def forget(self, ended_before: datetime) -> int:
+        """Drop workflows that ended long ago from the engine's database: what they did stands in ours."""
+        ended = self.client.list_workflows(
+            completed_before=ended_before.isoformat(), limit=1000, load_input=False, load_output=False
+        )
+        self.client.delete_workflows([each.workflow_id for each in ended])
+        return len(ended)
+
     def read_later(self, study_ref: str, evidence_digest: str, after_seconds: float) -> None:
         """Another attempt at the same evidence, after a transient failure."""
         job = self.jobs.another_attempt(self.jobs.begin(study_ref, evidence_digest))
-        name = f"read-{study_ref}-{evidence_digest[:16]}-{job.attempt}"
-        self._ask(READ_STUDY, READ, name, study_ref, evidence_digest, job.attempt, delay_seconds=after_seconds)
+        self._ask(
+            READ_STUDY,
+            READ,
+            _name_of_reading(job),
+            study_ref,
+            evidence_digest,
+            job.attempt,
+            delay_seconds=after_seconds,
+        )
 
     # -- delivering --------------------------------------------------------------------------------------------------
 
@@ -179,6 +205,14 @@ class Desk:
         if delay_seconds > 0:
             options["delay_seconds"] = delay_seconds
         self.client.enqueue(options, *arguments)
+
+
+def _name_of_reading(job: Job) -> str:
+    return f"read-{job.study_ref}-{job.evidence_digest[:16]}-{job.attempt}"
+
+
+def _chunks(names: list[str], size: int = 500) -> Iterable[list[str]]:
+    return (names[start : start + size] for start in range(0, len(names), size))
 
 
 def _name(delivery: Delivery) -> str:

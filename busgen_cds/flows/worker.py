@@ -24,6 +24,8 @@ from busgen_cds.flows.services import Services, log
 
 _FLOWS = (read_study.complete_study, read_study.read_study, deliver.deliver_result)  # registered by being imported
 _LATELY = timedelta(days=2)
+_KEPT = timedelta(days=30)  # ended workflows, longer than any delivery is tried
+_HOUSEKEEPING_SECONDS = 3600.0
 
 
 class Worker:
@@ -47,6 +49,7 @@ class Worker:
         self._repeat("heartbeat", self.stations.waits.heartbeat, self._beat)
         self.sweep(thorough=True)
         self._repeat("sweep", self.stations.waits.sweep, self.sweep)
+        self._repeat("housekeeping", _HOUSEKEEPING_SECONDS, self._forget)
 
     def stop(self) -> None:
         """End cleanly: what is under way is taken up again at the next start."""
@@ -91,12 +94,14 @@ class Worker:
         if self.stations.jobs.engine_stopped() is not None:
             return 0
         now, waits = self.stations.clock(), self.stations.waits
-        settled = now if thorough else now - timedelta(seconds=waits.silence + waits.sweep / 3)
+        patience = waits.silence + waits.sweep / 3 + (waits.count if self.stations.query_node else 0.0)
+        settled = now if thorough else now - timedelta(seconds=patience)
         unread = self.stations.results.unread(
             settled_before=settled, received_after=None if thorough else now - _LATELY
         )
         parked = {job.study_ref for job in self.stations.jobs.all("parked")}
-        asked = [study_ref for study_ref in unread if study_ref not in parked or self._grew(study_ref)]
+        under_way = self.desk.under_way(self.stations.jobs.all("waiting"))
+        asked = [ref for ref in unread if ref not in under_way and (ref not in parked or self._grew(ref))]
         for study_ref in asked:
             self.desk.arrived(study_ref)
         return len(asked)
@@ -111,6 +116,10 @@ class Worker:
         overdue = self.stations.clock() - timedelta(seconds=self.stations.waits.sweep / 3)
         due = self.stations.results.undelivered(due_before=overdue)
         return sum(self.desk.deliver(delivery) == "asked" for delivery in due)
+
+    def _forget(self) -> None:
+        while self.desk.forget(self.stations.clock() - _KEPT):
+            pass
 
     def _beat(self) -> None:
         jobs, silent_for = self.stations.jobs, timedelta(seconds=self.stations.waits.silent)

@@ -117,7 +117,7 @@ def _sends_until_acknowledged(scanner: Scanner, files: Sequence[bytes]) -> None:
 
 
 def _waits_for_all(site: Site, pacs: Pacs, uids: Sequence[str]) -> None:
-    end = time.monotonic() + 300
+    end = time.monotonic() + 900
     while time.monotonic() < end:
         if all(_is_delivered(site, uid) for uid in uids):
             return
