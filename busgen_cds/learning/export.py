@@ -11,6 +11,7 @@ Rules:
 from __future__ import annotations
 
 import datetime
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,7 @@ def _heads(settings: Mapping[str, Any]) -> dict[str, int]:
 
 def to_onnx(deployed: Deployed, size: int = pixels.SIZE) -> bytes:
     """The graph as bytes, with its bias and the version of `pixels` in its metadata."""
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns that torchvision, which we do not use, is absent
     example = torch.rand(2, 1, size, size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         program = torch.onnx.export(
