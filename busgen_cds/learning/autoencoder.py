@@ -1,6 +1,8 @@
 """Image ⇄ latent: eight times smaller each way, cheap at full resolution, without a checkerboard.
 
 Rules:
+- It begins as the best linear code of the training images: the principal components of their 8 x 8 blocks, whitened.
+  The network, which starts at zero, learns what they lack; so it is good at once and better with every step.
 - The network works after a space-to-depth stem; only the last two thin convolutions see every pixel, after the
   shuffle, and they are what smooths its grid and draws the speckle.
 - Images are (N, 1, S, S) in -1..1; latents (N, L, S/8, S/8) are returned with mean 0 and spread 1 per channel.
@@ -25,6 +27,7 @@ from torch import Tensor, nn
 from busgen_cds.learning.reader import Encoder
 
 FACTOR = 8  # pixels per latent cell, each way
+QUIET = -6.0  # logarithm of the latent's first variance: little noise, so that the linear code survives
 
 
 @dataclass(frozen=True)
@@ -60,27 +63,54 @@ class Autoencoder(nn.Module):
         self.fine = nn.Sequential(
             nn.Conv2d(shape.fine, shape.fine, 3, padding=1), nn.SiLU(), nn.Conv2d(shape.fine, 1, 3, padding=1)
         )
+        self.code = nn.Conv2d(1, shape.latent, FACTOR, FACTOR)
+        self.picture = nn.ConvTranspose2d(shape.latent, 1, FACTOR, FACTOR)
+        for part in (self.core.quant_conv_mu, self.core.quant_conv_log_sigma, self.fine[-1]):
+            for parameter in part.parameters():
+                nn.init.zeros_(parameter)
+        for name, parameter in self.core.quant_conv_log_sigma.named_parameters():
+            if name.endswith("bias"):
+                nn.init.constant_(parameter, QUIET)
         self.mean, self.spread = nn.Buffer(torch.zeros(shape.latent)), nn.Buffer(torch.ones(shape.latent))
 
     def forward(self, image: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Image through the noisy latent → (its reconstruction, the latent's divergence from a standard normal)."""
-        mu, sigma = self.core.encode(F.pixel_unshuffle(image, self.shape.stem))
-        mu, sigma = mu.float(), sigma.float()
+        mu, sigma = self._latent(image)
         divergence = 0.5 * (mu.square() + sigma.square() - 2 * sigma.log() - 1).mean()
         return self._pixels(mu + sigma * noise), divergence
 
     def encode(self, image: Tensor) -> Tensor:
-        mu, _ = self.core.encode(F.pixel_unshuffle(image, self.shape.stem))
-        return (mu.float() - self.mean[:, None, None]) / self.spread[:, None, None]
+        mu, _ = self._latent(image)
+        return (mu - self.mean[:, None, None]) / self.spread[:, None, None]
 
     def decode(self, latent: Tensor) -> Tensor:
         z = latent * self.spread[:, None, None] + self.mean[:, None, None]
         return self._pixels(z).clamp(-1, 1)
 
+    def _latent(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        mu, sigma = self.core.encode(F.pixel_unshuffle(image, self.shape.stem))
+        linear: Tensor = self.code(image)
+        return linear.float() + mu.float(), sigma.float()
+
     def _pixels(self, z: Tensor) -> Tensor:
-        folded = self.core.decode(z)
-        pixels: Tensor = self.fine(F.pixel_shuffle(folded, self.shape.stem))
-        return pixels.float()
+        learnt: Tensor = self.fine(F.pixel_shuffle(self.core.decode(z), self.shape.stem))
+        linear: Tensor = self.picture(z)
+        return linear.float() + learnt.float()
+
+    @torch.no_grad()
+    def begin_linear(self, images: Tensor) -> None:
+        """Set the linear code to the whitened principal components of the blocks of images (N, 1, S, S)."""
+        blocks = F.pixel_unshuffle(images.double(), FACTOR).transpose(0, 1).flatten(1)  # (64, blocks)
+        mean = blocks.mean(1, keepdim=True)
+        variance, axes = torch.linalg.eigh((blocks - mean) @ (blocks - mean).T / blocks.shape[1])
+        axes, spread = axes[:, -self.shape.latent :].flip(1), variance[-self.shape.latent :].flip(0).sqrt()
+        inward = (axes / spread).T.reshape(-1, 1, FACTOR, FACTOR)
+        outward = (axes * spread).T.reshape(-1, 1, FACTOR, FACTOR)
+        self.code.weight.copy_(inward)
+        self.code.bias.copy_(-(axes / spread).T @ mean[:, 0])  # type: ignore[union-attr]
+        self.picture.weight.copy_(outward)
+        # the mean block differs from place to place by little: one grey for all, so that no grid is painted
+        self.picture.bias.fill_(float(mean.mean()))  # type: ignore[union-attr]
 
     @torch.no_grad()
     def measure(self, latents: Tensor) -> None:

@@ -34,6 +34,19 @@ def test_measured_latents_are_standard() -> None:
     assert torch.allclose(network.decode(network.encode(image)), before, atol=1e-4)
 
 
+def test_it_begins_as_the_principal_components() -> None:
+    """Untrained, it codes images of few components exactly, and its latents are white."""
+    network = coder()
+    blocks = torch.randn(6, 64)
+    parts = torch.randn(10, 6, 8, 8)
+    image = torch.nn.functional.pixel_shuffle(torch.einsum("nkhw,kc->nchw", parts, blocks) / 20, 8)
+    network.begin_linear(image)
+    back, _ = network(image, torch.zeros(10, 8, 8, 8))
+    assert float((back - image).abs().mean()) < 0.1 * float(image.abs().mean())
+    latent = network.encode(image).transpose(0, 1).flatten(1)[:6]
+    assert torch.allclose(torch.cov(latent), torch.eye(6), atol=0.05)
+
+
 def test_images_of_a_batch_stay_apart() -> None:
     """An image's latent is the same alone and in company."""
     image = torch.rand(3, 1, 64, 64) * 2 - 1

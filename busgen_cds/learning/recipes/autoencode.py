@@ -115,7 +115,7 @@ def _train(
     if not len(images):
         raise Misconfigured(f"No training images of {', '.join(settings.sources)} in {root}.")
     likeness = Likeness(init).to(team.device) if init is not None and settings.likeness else None
-    run = begin(settings, team)
+    run = begin(settings, team, images)
 
     # Restore.
     restore(out / CHECKPOINT, run, settings)
@@ -143,9 +143,13 @@ def _train(
         checkpoint.write(out / WEIGHTS, run.average.state_dict(), {"settings": describe(settings)})
 
 
-def begin(settings: Settings, team: processes.Team) -> Run:
+def begin(settings: Settings, team: processes.Team, images: data.Images | None = None) -> Run:
+    """A run at its first step: the linear code of some images, where images are given."""
     torch.manual_seed(settings.seed)
     coder, average, critic = Autoencoder(settings.shape), Autoencoder(settings.shape), autoencoder.discriminator()
+    if images is not None:
+        some = images.image[:: max(1, len(images) // 400)]
+        coder.begin_linear(torch.from_numpy(some)[:, None].float() / 127.5 - 1)
     average.load_state_dict(coder.state_dict())
     for network in (coder, average, critic):
         network.to(team.device)
