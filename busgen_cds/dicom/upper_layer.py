@@ -166,7 +166,7 @@ class Wire:
         while True:
             if not self._pdv_left:
                 self._next_pdv()
-            if self._start == self._end:
+            if self._pdv_left and self._start == self._end:
                 self._fill(self._limits.pdu_seconds)
             size = min(self._pdv_left, self._end - self._start)
             data = self._view[self._start : self._start + size]

@@ -487,7 +487,7 @@ class Inbox:
 
     @contextmanager
     def _one_at_a_time(self, *, wait: bool = True) -> Iterator[bool]:
-        """Over all processes of the site, and without SQLite's polling; without waiting, says whether it is our turn."""
+        """Over all processes of the site, and without SQLite's polling; says whether it is our turn."""
         descriptor = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
