@@ -5,9 +5,7 @@ from __future__ import annotations
 import socket
 
 import uvicorn
-
-from busgen_cds.web.application import create
-from busgen_cds.web.site import Site
+from fastapi import FastAPI
 
 LAST_ANSWERS = 5  # seconds
 
@@ -15,11 +13,11 @@ LAST_ANSWERS = 5  # seconds
 class Server(uvicorn.Server):
     """`run()` serves until a signal comes, or until `should_exit` is set."""
 
-    def __init__(self, site: Site, host: str, port: int) -> None:
-        self.app = create(site)
+    def __init__(self, app: FastAPI, host: str, port: int) -> None:
+        self.app = app
         super().__init__(
             uvicorn.Config(
-                self.app,
+                app,
                 host=host,
                 port=port,
                 log_level="warning",

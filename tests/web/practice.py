@@ -37,6 +37,7 @@ from busgen_cds.store.jobs import Jobs
 from busgen_cds.store.people import People, Role
 from busgen_cds.store.results import Addressee, Entry, Results
 from busgen_cds.store.vault import Vault
+from busgen_cds.store.worklist import Row, Worklist
 from busgen_cds.study import NotAnalysed, NotForUs, Region, Source
 from tests import images
 
@@ -198,8 +199,8 @@ class Practice:
         if says.not_for_us:
             return NotForUs(uid, says.not_for_us, left)
         common: dict[str, Any] = {
-            "study_uid": uid, "evidence_digest": f"{revision:064d}", "bundle": BUNDLE, "provider": "CPUExecutionProvider",
-            "revision": revision, "images_read": sum(s.source.frame_count for s in slides), "not_analysed": left,
+            "study_uid": uid, "evidence_digest": f"{revision:064d}", "bundle": BUNDLE,
+            "provider": "CPUExecutionProvider", "revision": revision, "images_read": sum(s.source.frame_count for s in slides), "not_analysed": left,
             "seconds": 1.4,
         }  # fmt: skip
         if says.declines:
@@ -225,6 +226,21 @@ class Practice:
             replace(slide.source, frame_number=frame), p, birads, min(0.09, p), contour[:-1], None,
             mm.long_axis, mm.short_axis, mm.area, "not parallel", 1, heat,
         )  # fmt: skip
+
+    # -- asking
+
+    def worklist_row(self, study_ref: str) -> Row:
+        worklist = Worklist(self.database, self.vault)
+        worklist.catch_up()
+        row = worklist.row(study_ref)
+        assert row is not None
+        return row
+
+    def patient(self, study_ref: str) -> str:
+        return self.results.identity(study_ref)[1]
+
+    def arrival(self) -> Arrival:
+        return Arrival("US_ROOM_1", "127.0.0.1", "1.2.840.10008.5.1.4.1.1.6.1", "2.25.99", "1.2.840.10008.1.2.1")
 
     # -- people
 
@@ -269,7 +285,7 @@ def _stand_in(study_ref: str, revision: int) -> tuple[Rendered, ...]:
 @contextmanager
 def served(site: web.Site) -> Iterator[str]:
     """The pages on a free port of this machine."""
-    server = web.Server(site, "127.0.0.1", 0)
+    server = web.Server(web.create(site), "127.0.0.1", 0)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     until = time.monotonic() + 60

@@ -159,7 +159,8 @@ def many(folder: Path, count: int) -> Practice:
         blind = vault.blind(f"PAT-{i}") if i % 1111 == 0 else f"{i:064x}"
         studies.append(
             {
-                "ref": ref, "uid_blind": f"{i:064d}", "uid": b"", "patient_blind": blind, "patient": sealed, "key": b"k",
+                "ref": ref, "uid_blind": f"{i:064d}", "uid": b"", "patient_blind": blind, "patient": sealed,
+                "key": b"k",
                 "first_received_at": at, "two_patients": False, "held": None,
             }
         )  # fmt: skip

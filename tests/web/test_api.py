@@ -1,0 +1,459 @@
+"""The API and FHIR: rights and scopes on every route, the same answers as results.json, and no failure of ours."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import httpx
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, Phase, settings
+
+from busgen_cds import web
+from busgen_cds.store.people import RIGHTS, Right
+from tests.images import breast_study
+from tests.web.conftest import STAFF
+from tests.web.practice import BUNDLE, Browser, Practice, Says
+
+NOBODY = "0" * 32
+# What each call needs, as documented; a call that is not here fails the test.
+NEEDS: dict[tuple[str, str], Right | None] = {
+    ("get", "/api/v1/studies"): "studies.read",
+    ("get", "/api/v1/studies/{study_ref}"): "studies.read",
+    ("get", "/api/v1/studies/{study_ref}/frames/{sop_instance_uid}/{frame_number}"): "studies.read",
+    ("post", "/api/v1/studies/{study_ref}/words"): "studies.confirm",
+    ("post", "/api/v1/studies/{study_ref}/retry"): "studies.retry",
+    ("get", "/api/v1/operations"): "operations.read",
+    ("get", "/api/v1/nodes"): "operations.read",
+    ("post", "/api/v1/nodes/{name}/echo"): "operations.act",
+    ("get", "/api/v1/quarantine"): "operations.read",
+    ("post", "/api/v1/engine/resume"): "operations.act",
+    ("get", "/api/v1/bundle"): "models.read",
+    ("get", "/api/v1/acts"): "audit.read",
+    ("post", "/api/v1/acts/verify"): "audit.read",
+    ("get", "/api/v1/acts/export"): "audit.read",
+    ("get", "/api/v1/me"): None,
+    ("get", "/api/v1/people"): "people.manage",
+    ("post", "/api/v1/people"): "people.manage",
+    ("patch", "/api/v1/people/{name}"): "people.manage",
+    ("get", "/api/v1/tokens"): None,
+    ("post", "/api/v1/tokens"): None,
+    ("delete", "/api/v1/tokens/{ref}"): None,
+    ("get", "/fhir/r4/metadata"): None,
+    ("get", "/fhir/r4/{kind}"): "studies.read",
+    ("get", "/fhir/r4/{kind}/{ref}"): "studies.read",
+}
+BODIES: dict[tuple[str, str], Any] = {
+    ("post", "/api/v1/studies/{study_ref}/words"): {"revision": 1, "finding": 1, "word": "agree"},
+    ("post", "/api/v1/people"): {"name": "xx", "password": "long enough 12345", "roles": ["reader"]},
+    ("patch", "/api/v1/people/{name}"): {"disabled": True},
+    ("post", "/api/v1/tokens"): {"label": "x", "scopes": [], "days": 1},
+}
+
+
+def token(practice: Practice, name: str) -> dict[str, str]:
+    """With all that the person may."""
+    owner = next(each for each in practice.people.accounts() if each.name == name)
+    secret, _ = practice.people.make_token(owner, "test", owner.rights, 1)
+    return {"Authorization": f"Bearer {secret}"}
+
+
+def call(address: str, route: tuple[str, str], headers: dict[str, str] | None = None) -> httpx.Response:
+    path = route[1].format(
+        study_ref=NOBODY, ref=NOBODY, name="nobody", sop_instance_uid="2.25.1", frame_number=1, kind="ImagingStudy"
+    )
+    return httpx.request(route[0], address + path, headers=headers, json=BODIES.get(route), timeout=60)
+
+
+def a_study(practice: Practice, seed: int, says: Says, **images: Any) -> str:
+    ref = practice.receives(breast_study(images.pop("n", 1), seed=seed, patient_id=f"PAT-{seed}", **images))
+    practice.answers(ref, says)
+    return ref
+
+
+def test_every_call_needs_its_right(address: str, practice: Practice) -> None:
+    """Each call of the API refuses strangers, and each role that lacks its right; the refusal is recorded."""
+    schema = httpx.get(f"{address}/api/v1/openapi.json").json()
+    routes = {(method, path) for path, methods in schema["paths"].items() for method in methods}
+    assert routes == set(NEEDS)
+    tokens = {name: token(practice, name) for name in STAFF}
+    for route, right in NEEDS.items():
+        if route[1].endswith("/metadata"):
+            continue
+        assert call(address, route).status_code == 401, route
+        assert call(address, route, {"Authorization": "Bearer made-up"}).status_code == 401, route
+        for name, roles in STAFF.items():
+            if right is not None and right not in RIGHTS[roles[0]]:
+                assert call(address, route, tokens[name]).status_code == 403, (route, name)
+    assert ("refused", "audi") in practice.acts("refused")
+
+
+def test_a_token_has_its_scopes_only(address: str, practice: Practice) -> None:
+    """A token does not do what its owner may, but only what it was made for; nor can it make a stronger one."""
+    owner = next(each for each in practice.people.accounts() if each.name == "otto")
+    secret, made = practice.people.make_token(owner, "narrow", ["operations.read"], 1)
+    client = httpx.Client(base_url=address, headers={"Authorization": f"Bearer {secret}"}, timeout=60)
+    assert client.get("/api/v1/nodes").status_code == 200
+    assert client.get("/api/v1/studies").status_code == 403
+    assert client.get("/metrics").status_code == 200
+    stronger = {"label": "x", "scopes": ["studies.read"], "days": 1}
+    assert client.post("/api/v1/tokens", json=stronger).status_code == 403
+    assert client.delete(f"/api/v1/tokens/{made.ref}").status_code == 204
+    assert client.get("/api/v1/nodes").status_code == 401
+
+
+def test_a_study_by_api(address: str, practice: Practice) -> None:
+    """A program finds a study, reads the same answer as in results.json, sees a frame and says a reader's word once."""
+    ref = a_study(practice, 11, Says("4B"))
+    client = httpx.Client(base_url=address, headers=token(practice, "rita"), timeout=60)
+    found = client.get("/api/v1/studies", params={"search": "PAT-11", "view": "all"}).json()
+    assert [each["study_ref"] for each in found["studies"]] == [ref]
+    study = client.get(f"/api/v1/studies/{ref}").json()
+    assert study["notice"] == "Research software, not a diagnosis"
+    assert study["answer"]["study"]["birads"] == "4B"
+    assert study["answer"]["bundle"]["digest"] == BUNDLE.digest
+    assert {each["state"] for each in study["delivered"]} == {"confirmed"}
+    where = study["answer"]["findings"][0]["frame"]
+    picture = client.get(f"/api/v1/studies/{ref}/frames/{where['sop_instance_uid']}/1")
+    assert picture.content.startswith(b"\x89PNG")
+    assert client.get(f"/api/v1/studies/{ref}/frames/{where['sop_instance_uid']}/2").status_code == 404
+    word = {"revision": 1, "finding": 1, "word": "edit", "birads": "4A", "note": "seen in clinic"}
+    for _ in range(2):
+        assert client.post(f"/api/v1/studies/{ref}/words", json=word).status_code == 200
+    assert len(practice.cases.words(ref)) == 1
+    assert practice.acts("finding edited") == [("finding edited", "rita")]
+
+
+@pytest.mark.parametrize(
+    ("word", "status"),
+    [
+        ({"finding": 1, "word": "reject"}, 422),
+        ({"finding": 1, "word": "edit"}, 422),
+        ({"finding": 1, "word": "agree", "birads": "3"}, 422),
+        ({"finding": 2, "word": "agree"}, 422),
+        ({"finding": 0, "word": "agree"}, 422),
+        ({"finding": 1, "word": "edit", "contour": [[0, 0], [1, 1]]}, 422),
+        ({"finding": 1, "word": "edit", "contour": [[0, 0], [1, 1], [5000, 5]]}, 422),
+        ({"finding": 1, "word": "edit", "birads": "6"}, 422),
+        ({"finding": 1, "word": "agree", "revision": 7}, 409),
+        ({"finding": 1, "word": "maybe"}, 422),
+    ],
+)
+def test_words_that_are_none(address: str, practice: Practice, word: dict[str, Any], status: int) -> None:
+    """A word without reason, change, finding or present revision is refused and says what is missing."""
+    known = practice.results.search("PAT-21")
+    ref = known[0].study_ref if known else a_study(practice, 21, Says("4B"))
+    headers = token(practice, "rita")
+    answer = httpx.post(
+        f"{address}/api/v1/studies/{ref}/words", json={"revision": 1, **word}, headers=headers, timeout=60
+    )
+    assert answer.status_code == status, answer.text
+    assert answer.json()["detail"]
+    assert practice.cases.words(ref) == ()
+
+
+def test_operations_and_models_by_api(address: str, practice: Practice) -> None:
+    """A program sees nodes, queues, quarantine and the live bundle, and starts a stopped engine again, once."""
+    practice.inbox.quarantine(practice.arrival(), [b"?"], "not a DICOM data set")
+    practice.jobs.stop_engine("A signature does not hold.")
+    client = httpx.Client(base_url=address, headers=token(practice, "otto"), timeout=60)
+    assert [each["name"] for each in client.get("/api/v1/nodes").json()] == ["PACS", "RIS"]
+    assert client.get("/api/v1/quarantine").json()[0]["reason"] == "not a DICOM data set"
+    assert client.get("/api/v1/operations").json()["engine_stopped"] == "A signature does not hold."
+    assert client.post("/api/v1/engine/resume").json() == {"done": ["resumed"]}
+    assert client.post("/api/v1/engine/resume").json() == {"done": []}
+    answer = client.post("/api/v1/nodes/RIS/echo").json()
+    assert answer["answers"] is False
+    assert "RIS" in answer["said"]
+    assert client.post("/api/v1/nodes/elsewhere/echo").status_code == 404
+    assert client.get("/api/v1/bundle").json()["digest"] == BUNDLE.digest
+    assert practice.acts("engine resumed") == [("engine resumed", "otto")]
+
+
+def test_the_record_by_api(address: str, practice: Practice) -> None:
+    """The auditor's program reads, verifies and exports the record; looking at it is in it."""
+    client = httpx.Client(base_url=address, headers=token(practice, "audi"), timeout=60)
+    verdict = client.post("/api/v1/acts/verify").json()
+    assert verdict["sound"] is True
+    newest = client.get("/api/v1/acts", params={"limit": 2}).json()
+    assert newest[0]["kind"] == "record verified"
+    older = client.get("/api/v1/acts", params={"limit": 1, "before": newest[0]["number"]}).json()
+    assert older == newest[1:]
+    lines = [json.loads(line) for line in client.get("/api/v1/acts/export").text.splitlines()]
+    assert [line["number"] for line in lines] == list(range(1, len(lines) + 1))
+    assert client.get("/api/v1/acts", params={"since": "yesterday"}).status_code == 422
+
+
+def test_people_by_api(address: str, practice: Practice) -> None:
+    """An administrator's program adds and disables an account; nobody takes the last administrator away."""
+    client = httpx.Client(base_url=address, headers=token(practice, "ada"), timeout=60)
+    new = {"name": "nova", "password": "Correct horse 7 battery", "roles": ["reader"]}
+    assert client.post("/api/v1/people", json=new).status_code == 201
+    assert client.post("/api/v1/people", json=new).status_code == 409
+    changed = client.patch("/api/v1/people/nova", json={"roles": ["reader", "operator"], "disabled": True}).json()
+    assert changed[0]["disabled"] is True
+    assert client.patch("/api/v1/people/ada", json={"disabled": True}).status_code == 409
+    assert client.get("/api/v1/me").json()["roles"] == ["admin"]
+
+
+def test_fhir(address: str, practice: Practice) -> None:
+    """FHIR says a preliminary report by a device, with category, probability and size, for the right patient."""
+    ref = a_study(practice, 31, Says("4C"))
+    client = httpx.Client(base_url=f"{address}/fhir/r4", headers=token(practice, "rita"), timeout=60)
+    found = client.get("/DiagnosticReport", params={"patient.identifier": "PAT-31"})
+    assert found.headers["content-type"].startswith("application/fhir+json")
+    report = found.json()["entry"][0]["resource"]
+    assert report["status"] == "preliminary"
+    assert report["subject"] == {"identifier": {"value": "PAT-31"}}
+    assert report["performer"][0]["type"] == "Device"
+    assert BUNDLE.digest[:12] in report["performer"][0]["display"]
+    assert "not a diagnosis" in report["conclusion"]
+    assert client.get(f"/DiagnosticReport/{report['id']}").json() == report
+    observation = client.get(f"/{report['result'][0]['reference']}").json()
+    assert observation["status"] == "preliminary"
+    assert observation["valueCodeableConcept"]["coding"][0]["code"] == "MA.II.A.5.4C"
+    assert observation["component"][0]["valueQuantity"] == {
+        "value": 82.0, "unit": "%", "system": "http://unitsofmeasure.org", "code": "%",
+    }  # fmt: skip
+    assert observation["bodySite"]["text"] == "Breast, side not stated"
+    study = client.get(f"/ImagingStudy/{ref}").json()
+    assert study["numberOfInstances"] == 1
+    uid = practice.inbox.study_uid(ref)
+    assert study["identifier"][0]["value"] == f"urn:oid:{uid}"
+    assert client.get("/ImagingStudy", params={"identifier": f"urn:oid:{uid}"}).json()["entry"][0]["resource"] == study
+    assert client.get("/Patient").status_code == 404
+    assert client.get("/ImagingStudy/none").json()["resourceType"] == "OperationOutcome"
+    assert client.get("/metadata").json()["fhirVersion"] == "4.0.1"
+
+
+def test_fhir_of_what_was_not_found_or_not_analysed(address: str, practice: Practice) -> None:
+    """Nothing found is said as what was looked at, declined as NOT ANALYSED; neither says "negative"."""
+    nothing = a_study(practice, 41, Says(None, left_out=1), tissue="normal", n=2)
+    declined = a_study(practice, 42, Says(declines="unlike anything learnt"))
+    client = httpx.Client(base_url=f"{address}/fhir/r4", headers=token(practice, "rita"), timeout=60)
+    report = client.get(f"/DiagnosticReport/{nothing}-1").json()
+    assert report["conclusion"].startswith("No lesion found in 2 of 3 images analysed")
+    assert report["conclusionCode"] == []
+    report = client.get(f"/DiagnosticReport/{declined}-1").json()
+    assert report["conclusion"].startswith("NOT ANALYSED: unlike anything learnt")
+    assert "negative" not in json.dumps(report).lower()
+
+
+def test_metrics(address: str, practice: Practice) -> None:
+    """Prometheus reads queues, workers, disk and latency; no study and no person is in it."""
+    ref = a_study(practice, 51, Says("4A"))
+    text = httpx.get(f"{address}/metrics", headers=token(practice, "otto"), timeout=60).text
+    lines = [line for line in text.splitlines() if line and not line.startswith("#")]
+    values = {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines}
+    assert values['busgen_studies{state="unread"}'] >= 1
+    assert values['busgen_answer_seconds_bucket{le="+Inf"}'] == values["busgen_answer_seconds_count"] >= 1
+    assert values["busgen_disk_free_bytes"] > 0
+    assert ref not in text
+    assert "PAT-" not in text
+
+
+def test_health_and_ready(address: str, practice: Practice) -> None:
+    """/health says that it lives; /ready names what keeps work away, and nothing more."""
+    assert httpx.get(f"{address}/health", timeout=60).text == "alive\n"
+    practice.jobs.leave("w")
+    answer = httpx.get(f"{address}/ready", timeout=60)
+    assert (answer.status_code, answer.json()) == (503, {"ready": False, "failing": ["worker"]})
+    practice.jobs.beat("w")
+    answer = httpx.get(f"{address}/ready", timeout=60)
+    assert (answer.status_code, answer.json()) == (200, {"ready": True, "failing": []})
+
+
+@pytest.mark.slow
+def test_nothing_makes_the_api_fail(practice: Practice) -> None:
+    """Whatever is sent to the API by its own description, it never answers with a failure of ours."""
+    practice.person("fuzz", "reader", "operator", "physicist", "auditor", "admin")
+    app = web.create(practice.site())
+    schema = schemathesis.openapi.from_asgi("/api/v1/openapi.json", app)
+    headers = token(practice, "fuzz")
+
+    for made in schema.get_all_operations():
+        operation = made.ok()
+        if operation.path.endswith("/tokens/{ref}"):
+            continue
+
+        @settings(
+            max_examples=6, deadline=None, derandomize=True, phases=[Phase.generate],
+            suppress_health_check=list(HealthCheck), database=None,
+        )  # fmt: skip
+        @_given(operation)
+        def try_it(case: Any) -> None:
+            answer = case.call(headers=headers)
+            assert answer.status_code < 500, (case.method, case.formatted_path, answer.text)
+
+        try_it()
+
+
+def _given(operation: Any) -> Any:
+    from hypothesis import given
+
+    return given(case=operation.as_strategy())
+
+
+# -- the way in
+
+
+def test_forms_need_their_session(staff: dict[str, Browser], practice: Practice, address: str) -> None:
+    """A form without its session's key, or from another site, changes nothing."""
+    rita = staff["rita"]
+    path = "/account/tokens"
+    data = {"label": "x", "days": "1", "scopes": "studies.read"}
+    assert rita.post(path, data=data).status_code == 403
+    assert rita.post(path, data={**data, "form_key": staff["otto"].form_key}).status_code == 403
+    elsewhere = {"Origin": "https://evil.example"}
+    assert rita.post(path, data={**data, "form_key": rita.form_key}, headers=elsewhere).status_code == 403
+    crossing = {"Sec-Fetch-Site": "cross-site"}
+    assert rita.post(path, data={**data, "form_key": rita.form_key}, headers=crossing).status_code == 403
+    api = rita.post("/api/v1/tokens", json={"label": "x", "scopes": ["studies.read"], "days": 1})
+    assert api.status_code == 403, "a session's cookie alone does not change anything by API either"
+    owner = next(each for each in practice.people.accounts() if each.name == "rita")
+    assert all(each.label != "x" for each in practice.people.tokens(owner))
+    answer = httpx.post(f"{address}/login", data={"name": "rita", "password": "x"}, headers=elsewhere, timeout=60)
+    assert answer.status_code == 403
+
+
+PAGES = {
+    "/worklist": "studies.read",
+    f"/studies/{NOBODY}": "studies.read",
+    "/events": "studies.read",
+    "/operations": "operations.read",
+    "/models": "models.read",
+    "/audit": "audit.read",
+    "/audit/export": "audit.read",
+    "/people": "people.manage",
+}
+DEEDS = {
+    f"/studies/{NOBODY}/words": "studies.confirm",
+    f"/studies/{NOBODY}/retry": "studies.retry",
+    "/operations/nodes/PACS/echo": "operations.act",
+    "/operations/engine/resume": "operations.act",
+    "/audit/verify": "audit.read",
+    "/people": "people.manage",
+    "/people/rita": "people.manage",
+}
+
+
+def test_pages_need_their_right(staff: dict[str, Browser], address: str) -> None:
+    """Each page and each deed is refused to every role that lacks its right, and sends strangers to the log-in."""
+    for path in PAGES:
+        assert httpx.get(address + path, timeout=60).headers["location"].startswith("/login")
+    for name, person in staff.items():
+        rights = RIGHTS[STAFF[name][0]]
+        for path, right in PAGES.items():
+            if right not in rights:
+                assert person.get(path).status_code == 403, (name, path)
+        for path, right in DEEDS.items():
+            if right not in rights:
+                assert person.does(path).status_code == 403, (name, path)
+
+
+def test_headers(staff: dict[str, Browser], address: str) -> None:
+    """Pages allow no inline or foreign script, no frame and no cache; the session's cookie is out of scripts' reach."""
+    answer = staff["rita"].get("/worklist")
+    policy = answer.headers["content-security-policy"]
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
+    assert "frame-ancestors 'none'" in policy
+    assert answer.headers["cache-control"] == "no-store"
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    assert "server" not in answer.headers
+    assert " style=" not in answer.text
+    assert "onclick" not in answer.text
+    cookie = httpx.post(
+        f"{address}/login", data={"name": "rita", "password": "Correct horse 7 battery"}, timeout=60
+    ).headers["set-cookie"]
+    assert "HttpOnly" in cookie
+    assert "samesite=strict" in cookie.lower()
+
+
+def test_behind_https(practice: Practice) -> None:
+    """Where pages are reached by https, the cookie travels by nothing else and browsers are told to stay there."""
+    from starlette.testclient import TestClient
+
+    client = TestClient(web.create(practice.site(secure=True)), base_url="https://site.example")
+    data = {"name": "rita", "password": "Correct horse 7 battery"}
+    answer = client.post("/login", data=data, follow_redirects=False)
+    assert answer.headers["set-cookie"].startswith("__Host-busgen=")
+    assert "Secure" in answer.headers["set-cookie"]
+    assert "max-age" in answer.headers["strict-transport-security"]
+
+
+def test_log_in_leads_nowhere_else(address: str) -> None:
+    """After logging in one is led to a page of ours, never to another host."""
+    for place, led in (("/audit", "/audit"), ("//evil.example", ""), ("https://evil.example", ""), ("/\\evil", "")):
+        data = {"name": "audi", "password": "Correct horse 7 battery", "next": place}
+        answer = httpx.post(f"{address}/login", data=data, timeout=60)
+        assert answer.headers["location"] == (led or "/audit")
+
+
+def test_guessing_is_slow(practice: Practice) -> None:
+    """One address cannot try passwords for ever, whatever names it uses."""
+    from starlette.testclient import TestClient
+
+    client = TestClient(web.create(practice.site()))
+    answers = {client.post("/login", data={"name": f"n{i}", "password": ""}).status_code for i in range(2)}
+    front = client.app.state.front  # type: ignore[attr-defined]
+    while front.log_ins.take("testclient"):
+        pass
+    answers.add(client.post("/login", data={"name": "rita", "password": "Correct horse 7 battery"}).status_code)
+    assert answers == {401, 429} or answers == {422, 429}
+
+
+def test_first_start(tmp_path: Any) -> None:
+    """A new site shows what to do; its first account needs the code from the terminal, and is made once."""
+    from starlette.testclient import TestClient
+
+    empty = Practice(tmp_path)
+    client = TestClient(web.create(empty.site(first_code="K7-PX")), follow_redirects=False)
+    assert client.get("/worklist").headers["location"].startswith("/login")
+    assert client.get("/login").headers["location"] == "/first"
+    assert "no account yet" in client.get("/first").text
+    data = {"name": "ada", "password": "Correct horse 7 battery", "code": "guess"}
+    assert client.post("/first", data=data).status_code == 403
+    assert client.post("/first", data={**data, "code": "K7-PX", "password": "short"}).status_code == 409
+    assert client.post("/first", data={**data, "code": "K7-PX"}).status_code == 303
+    assert client.post("/first", data={**data, "code": "K7-PX", "name": "eve"}).status_code == 409
+    page = client.get("/worklist")
+    assert "No study has come yet" in page.text
+    closed = TestClient(web.create(empty.site()), follow_redirects=False)
+    assert closed.post("/first", data={**data, "code": ""}).status_code in (403, 422)
+    empty.close()
+
+
+def test_without_a_bundle(tmp_path: Any) -> None:
+    """Without a live bundle every page says that nothing is read."""
+    from starlette.testclient import TestClient
+
+    empty = Practice(tmp_path)
+    empty.bundle = None
+    empty.person("phil", "physicist")
+    client = TestClient(web.create(empty.site()))
+    client.post("/login", data={"name": "phil", "password": "Correct horse 7 battery"})
+    assert "No bundle is live: nothing is read." in client.get("/worklist").text
+    assert "No bundle is live" in client.get("/models").text
+    empty.close()
+
+
+def test_a_failure_of_ours_is_a_number(practice: Practice, caplog: pytest.LogCaptureFixture) -> None:
+    """A failure of ours shows a number that stands in the log too, and no detail; nobody's id is in the log."""
+    from starlette.testclient import TestClient
+
+    def broken(ref: str) -> Any:
+        raise RuntimeError("a detail")
+
+    ref = a_study(practice, 61, Says("4A"))
+    app = web.create(practice.site(slides=broken))
+    client = TestClient(app, raise_server_exceptions=False)
+    client.post("/login", data={"name": "rita", "password": "Correct horse 7 battery"})
+    answer = client.get(f"/studies/{ref}")
+    assert answer.status_code == 500
+    assert "a detail" not in answer.text
+    assert "content-security-policy" in answer.headers
+    number = answer.text.split("number ")[1][:8]
+    assert number in caplog.text
+    assert ref not in caplog.messages[-1]
