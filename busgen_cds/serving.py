@@ -9,9 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import uvicorn
-
-from busgen_cds import app
+from busgen_cds import app, web
 from busgen_cds import pages as pages_of
 from busgen_cds.settings import Settings
 
@@ -79,21 +77,14 @@ def reading(chosen: Settings, name: str = "") -> Iterator[app.Site]:
 def showing(chosen: Settings) -> Iterator[Shown]:
     with app.opened_site(chosen) as site:
         code = pages_of.first_code(site)
-        config = uvicorn.Config(
-            pages_of.of(site, code),
-            host=chosen.web.host,
-            port=chosen.web.port,
-            log_level="warning",
-            server_header=False,
-        )
-        server = uvicorn.Server(config)
+        server = web.Server(pages_of.of(site, code), chosen.web.host, chosen.web.port)
         thread = threading.Thread(target=server.run, name="pages", daemon=True)
         thread.start()
         while not server.started and thread.is_alive():
             thread.join(0.05)
         if not server.started:
             raise OSError(f"The pages cannot be shown on {chosen.web.host}:{chosen.web.port}.")
-        address = f"http://{chosen.web.host}:{server.servers[0].sockets[0].getsockname()[1]}"
+        address = f"http://{chosen.web.host}:{server.bound}"
         log.info("Pages: %s%s", address, f"  First account: {address}/first with the code {code}" if code else "")
         try:
             yield Shown(address, code)
