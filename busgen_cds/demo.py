@@ -26,7 +26,7 @@ from busgen_cds.serving import Shown
 from busgen_cds.study import Spacing
 
 SENT_AT = datetime(2026, 1, 1, 9, 0)
-IMAGES = ("malignant_2", "benign_1")
+IMAGES = ("malignant_1", "malignant_4", "normal_4")
 WIDTH = 640  # pixels, as a scanner would send
 PATIENCE = 120.0  # seconds
 PREVALENCE = 0.30  # close to the calibration's: a diagnostic clinic, not a screening site
