@@ -2,9 +2,11 @@
 
 with ohif.served(pacs) as url, ohif.browser() as chromium:
     seat = ohif.Seat(chromium, url)
-    seat.opens(study_uid, series_uid)     # the deep link that a report is opened by
-    seat.says("BI-RADS 4B")               # text on the page
-    seat.picture()                        # what the radiologist sees, as an image
+    seat.opens(study_uid, series_uid)  # the deep link that a report is opened by
+    seat.shown()  # SOP Instance UID and number of the frame in the viewport
+    seat.contours()  # what is drawn on it, in pixels of that frame
+    seat.selects(903)  # another series, by its number
+    seat.picture()  # what the radiologist sees, as an image
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageChops
 
 from tests.programs import absent, need
 from tests.system.orthanc import Orthanc
@@ -27,6 +29,18 @@ SERVER = ROOT / "deploy" / "orthanc" / "ohif" / "ohif.py"
 FOLDER = ROOT / "build" / "ohif" / "3.13.2"  # ignored by git; filled once
 CHROMIUM = "/usr/bin/chromium"
 SIZE = {"width": 1280, "height": 800}
+PATIENCE = 90_000  # milliseconds; a busy machine without a graphics card takes half a minute to start the viewer
+
+# Asked of the viewer's own libraries in the page.
+IMAGE_ID = "() => window.cornerstone?.getEnabledElements()[0]?.viewport.getCurrentImageId?.()"
+CONTOURS = """() => {
+  const { viewport } = cornerstone.getEnabledElements()[0];
+  const image = viewport.getCurrentImageId();
+  const toImage = p => cornerstone.utilities.worldToImageCoords(image, viewport.canvasToWorld([p.x, p.y]));
+  return [...document.querySelectorAll('svg.svg-layer polyline')].map(line => [...line.points].map(toImage));
+}"""
+SEGMENTS = """() => (window.services?.segmentationService?.getSegmentations() ?? [])
+  .reduce((sum, one) => sum + Object.keys(one.segments ?? {}).length, 0)"""
 
 
 def dist() -> Path:
@@ -86,14 +100,56 @@ class Seat:
 
     def opens(self, study_uid: str, series_uid: str = "") -> None:
         link = f"{self.url}/viewer?StudyInstanceUIDs={study_uid}"
-        self.page.goto(link + (f"&initialSeriesInstanceUID={series_uid}" if series_uid else ""))
-        self.page.wait_for_selector("canvas.cornerstone-canvas", timeout=60_000)
+        link += f"&initialSeriesInstanceUID={series_uid}" if series_uid else ""
+        self.page.goto(link, timeout=PATIENCE, wait_until="commit")
 
-    def says(self, text: str, seconds: float = 20) -> None:
-        self.page.get_by_text(text).first.wait_for(timeout=seconds * 1000)
+    def selects(self, series_number: int) -> None:
+        self.page.get_by_text(f"S:{series_number}", exact=True).first.dblclick(timeout=PATIENCE)
+
+    def says(self, text: str) -> None:
+        """Wait until this stands on the page."""
+        self.page.get_by_text(text).first.wait_for(timeout=PATIENCE)
+
+    def labels(self) -> list[str]:
+        """What is written beside the contours."""
+        return sorted(self.page.locator("svg.svg-layer text").all_text_contents())
+
+    def shown(self) -> tuple[str, int]:
+        """SOP Instance UID and number of the frame in the viewport."""
+        self.page.wait_for_function(f"() => ({IMAGE_ID})()", timeout=PATIENCE)
+        parts = str(self.page.evaluate(IMAGE_ID)).split("/")
+        return parts[parts.index("instances") + 1], int(parts[parts.index("frames") + 1])
+
+    def shows(self, sop_instance_uid: str) -> None:
+        """Wait until this instance is in the viewport."""
+        shown = f"uid => (({IMAGE_ID})() || '').includes(uid)"
+        self.page.wait_for_function(shown, arg=sop_instance_uid, timeout=PATIENCE)
+
+    def contours(self) -> list[list[tuple[float, float]]]:
+        """Each contour once, in pixels of the frame; a viewer draws one for each number that has it."""
+        self.page.wait_for_selector("svg.svg-layer polyline", state="attached", timeout=PATIENCE)
+        drawn = {tuple(tuple(point) for point in line) for line in self.page.evaluate(CONTOURS)}
+        return [list(line) for line in sorted(drawn)]
+
+    def segments(self) -> int:
+        """How many lesions the loaded segmentation has."""
+        self.page.wait_for_function(f"() => ({SEGMENTS})() > 0", timeout=PATIENCE)
+        return int(self.page.evaluate(SEGMENTS))
 
     def picture(self) -> Image.Image:
-        return Image.open(io.BytesIO(self.page.screenshot())).convert("RGB")
+        """The page once nothing on it moves any more."""
+        now = self._screenshot()
+        for _ in range(20):
+            before = now
+            self.page.wait_for_timeout(700)
+            now = self._screenshot()
+            if ImageChops.difference(before, now).getbbox() is None:
+                break
+        return now
+
+    def _screenshot(self) -> Image.Image:
+        taken = self.page.screenshot(timeout=PATIENCE, animations="disabled")
+        return Image.open(io.BytesIO(taken)).convert("RGB")
 
     def leaves(self) -> None:
         self.context.close()
