@@ -565,3 +565,15 @@ def cost(
     assumed = recipe.Assumed(images=images, epochs=epochs, devices=devices, price=price)
     measured = [recipe.measure(name, seconds, console.print) for name in preset or ["cpu"]]
     console.print(f"Written: {recipe.write(measured, assumed, out)}")
+
+
+@app.command()
+def ship(
+    run: Annotated[Path, typer.Option(help="Folder of a finished generator, with its release filter.")],
+    out: Annotated[Path, typer.Option(help="Where the package keeps it.")] = Path("busgen_cds/weights"),
+    results: Annotated[Path, typer.Option(help="Where its figures lie, for the card.")] = Path("docs/results"),
+) -> None:
+    """Put a finished generator into the package, with its model card."""
+    from busgen_cds.learning.recipes import ship as recipe
+
+    console.print(f"Shipped: {recipe.ship(run, results, out)}")
