@@ -49,7 +49,7 @@ class Settings:
     rate: float = 5e-4
     warm_up: int = 200
     decay: float = 0.01
-    average: float = 0.999
+    average: float = 0.997
     clip: float = 1.0
     report_every: int = 500
     save_every: int = 500

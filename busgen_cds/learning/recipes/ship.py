@@ -61,7 +61,8 @@ def describe(card: Card, size: int, figures: Mapping[str, dict[str, Any] | None]
             f"- **Learnt from**: the `train` split of {', '.join(card.trained_on)}; held-out loss from `val`. No"
             " patient of a test split was seen. Sources and citations: see the README.",
             f"- **Training**: {settings.get('steps_done', '?')} steps of {settings.get('batch', '?')}; kept the"
-            f" averaged weights of step {settings.get('best_step', '?')}, held-out loss {_number(settings.get('held_out'))}.",
+            f" averaged weights of step {settings.get('best_step', '?')},"
+            f" held-out loss {_number(settings.get('held_out'))}.",
             f"- **Conditions**: {labels}. Boxes from a smooth density over {boxes} training boxes (views counted),"
             " which refuses copies.",
             "- **What travels of the training images**: the box coordinates above, and for the release filter a"
