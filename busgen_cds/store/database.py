@@ -29,8 +29,8 @@ from sqlalchemy.orm import DeclarativeBase, Session
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 BUSY_SECONDS = 30
-LOG_BYTES = 16 << 20
-_CHECKPOINT_PAGES = 3500  # of 4096 bytes: the log starts again from its beginning before it outgrows LOG_BYTES
+LOG_BYTES = 4 << 20
+_CHECKPOINT_PAGES = 900  # of 4096 bytes: the log starts again from its beginning before it outgrows LOG_BYTES
 _WRITES = "busgen_writes"
 
 
