@@ -98,11 +98,11 @@ class Process:
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "tests.system.processes", *self.arguments],
-                stdout=subprocess.PIPE, stderr=log, cwd=ROOT, start_new_session=True,
+                stdout=subprocess.PIPE, stderr=log, cwd=ROOT, process_group=0,
             )  # fmt: skip
         return self
 
-    def is_ready(self, seconds: float = 90) -> Process:
+    def is_ready(self, seconds: float = 180) -> Process:
         assert self.process is not None and self.process.stdout is not None
         timer = threading.Timer(seconds, self.kill)
         timer.start()
