@@ -344,6 +344,9 @@ def generate(
     adapter: Adapter = None,
     seed: int = 0,
     shard: int = 256,
+    in_healthy: Annotated[
+        bool, typer.Option(help="Grow each lesion in a healthy image that is generated first.")
+    ] = False,
     unfiltered: Annotated[bool, typer.Option(help="For measurements only: nothing is dropped.")] = False,
 ) -> None:
     """Make images with masks and labels; each passes the release filter."""
@@ -359,6 +362,7 @@ def generate(
         labels=dict(_pairs(label or [])),
         shard=shard,
         filtered=not unfiltered,
+        in_healthy=in_healthy,
     )
     with Progress(console=console) as progress:
         bar = progress.add_task("images", total=count)
@@ -547,6 +551,26 @@ def value(
     if found:
         console.print(f"Written: {recipe.write(recipe.compared(found, root, settings, cache), left, results)}")
     console.print(f"{left} runs left")
+
+
+@app.command()
+def segmentation(
+    out: Annotated[Path, typer.Option(help="Folder of the runs; what is done is not repeated.")],
+    images: Annotated[Path, typer.Option(help="Healthy → lesion images (`generate --in-healthy`).")],
+    generator: Weights = None,
+    data: Data = None,
+    steps: int = 800,
+    seeds: int = 3,
+    results: Annotated[Path, typer.Option(help="Where the page goes.")] = Path("docs/results"),
+    cache: Cache = Path("runs/cache"),
+) -> None:
+    """What healthy → lesion images are worth to a U-Net on BUSI."""
+    from busgen_cds.learning.recipes import segmentation as recipe
+
+    settings = recipe.Settings(steps=steps, seeds=seeds)
+    card = _generator(generator).card
+    found = recipe.measure(_root(data), images, card, out, settings, cache, console.print)
+    console.print(f"Written: {recipe.write(found, results)}")
 
 
 @app.command()

@@ -11,7 +11,7 @@ from PIL import Image
 from busgen_cds.errors import Misconfigured
 from busgen_cds.learning import data, fidelity
 from busgen_cds.learning.fidelity import Judging
-from busgen_cds.learning.recipes import cost, fidelity_report, synthesise, value
+from busgen_cds.learning.recipes import cost, fidelity_report, segmentation, synthesise, value
 from busgen_cds.learning.recipes.value import Arm, Run, Settings
 from tests.learning.generators import SIZE, data_folder, tiny
 
@@ -157,6 +157,21 @@ def test_a_gain_is_paired_with_the_best_control() -> None:
     line = value._line("made", "real", means, {"made": [1.0], "real": [0.5]}, truth, patients)
     assert line["against"] == "real" and line["gain"]["value"] == pytest.approx(0.5) and line["gain"]["low"] > 0
     assert "gain" not in value._line("real", "real", means, {"real": [0.5]}, truth, patients)
+
+
+def test_a_segmenter_is_compared_with_and_without(root: Path, tmp_path: Path) -> None:
+    """Two arms of the same steps, one with healthy → lesion images; done runs are not repeated."""
+    text = (root / "manifest.csv").read_text().replace(",val", ",test")
+    (root / "manifest.csv").write_text(text)
+    how = synthesise.Settings(count=3, filtered=False, in_healthy=True, sampling=synthesise.Sampling(steps=1))
+    synthesise.generate(tiny(), tmp_path / "grown", how, None)
+    small = segmentation.Settings("painted", steps=2, batch=4, size=SIZE, seeds=1, features=(8, 8, 8, 8, 8, 8))
+    found = segmentation.measure(root, tmp_path / "grown", tiny().card, tmp_path / "runs", small)
+    assert set(found["f1"]) == {"real", "real+generated"} and found["images"] == 6
+    told: list[str] = []
+    again = segmentation.measure(root, tmp_path / "grown", tiny().card, tmp_path / "runs", small, tell=told.append)
+    assert again == found and not told
+    assert "Gain" in segmentation.write(found, tmp_path).read_text()
 
 
 # Cost

@@ -49,6 +49,7 @@ class Settings:
     shard: int = 256
     batch: int = 32
     filtered: bool = True
+    in_healthy: bool = False  # lesions grow in healthy images, which are generated first
     sampling: Sampling = field(default_factory=Sampling)
 
 
@@ -125,8 +126,7 @@ def _make_shard(
     made, index = 0, number * STRIDE
     while len(rows) < size:
         count = min(settings.batch, size - len(rows))
-        wishes = [wish(makes, settings, index + i) for i in range(count)]
-        samples = makes.grant(wishes, settings.seed, settings.sampling)
+        samples = _asked(makes, settings, range(index, index + count))
         index, made = index + count, made + count
         kept = samples
         if gate is not None and settings.filtered:
@@ -140,6 +140,21 @@ def _make_shard(
     _write_rows(partial / "labels.csv", rows)
     (partial / "counts.json").write_text(json.dumps({"made": made, "released": len(rows)}), encoding="utf-8")
     partial.rename(folder)
+
+
+def _asked(makes: Generator, settings: Settings, indices: range) -> list[Sample]:
+    wishes = [wish(makes, settings, i) for i in indices]
+    if not settings.in_healthy:
+        return makes.grant(wishes, settings.seed, settings.sampling)
+    breasts = [
+        makes.wish(i, settings.seed + 1, "normal", device=w.device) for i, w in zip(indices, wishes, strict=True)
+    ]
+    healthy = makes.grant(breasts, settings.seed + 1, settings.sampling)
+    grown = [
+        makes.wish(w.index, settings.seed, w.pathology, w.birads, w.device, healthy=h.image, labels=settings.labels)
+        for w, h in zip(wishes, healthy, strict=True)
+    ]
+    return makes.grant(grown, settings.seed, settings.sampling)
 
 
 def _write(folder: Path, one: Sample, shard: str, settings: Settings) -> dict[str, str]:
