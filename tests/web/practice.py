@@ -266,9 +266,8 @@ def drawn(grey: NDArray[np.uint8], number: int) -> tuple[geometry.Outline, HeatM
     line = geometry.simplify(geometry.outline(dark, float(np.quantile(dark, 0.9))), 1.2)
     contour = tuple((a + left, b + top) for a, b in line)
     cells = np.asarray(Image.fromarray(dark.astype(np.float32)).resize((14, 14), Image.Resampling.BOX))
-    evidence = (
-        np.clip((cells - np.quantile(cells, 0.8)) / (cells.max() - np.quantile(cells, 0.8)), -0.2, 1) * 0.2 / 1.96
-    )
+    strength = (cells - np.quantile(cells, 0.8)) / (cells.max() - np.quantile(cells, 0.8))
+    evidence = np.clip(strength, -0.04, 1) * 0.6 / (cells.size / 100)  # full scale is 0.6 logits per 1 % of the region
     return contour, HeatMap(evidence.astype(np.float32), Region(*images.REGION))
 
 
