@@ -142,7 +142,7 @@ def seal(
     measured = json.loads(figures.read_text())["summary"] if figures else None
     patients, _, frames = sweeps.partition("x")
     today = datetime.datetime.now(datetime.UTC).date()
-    choice = make_bundle.Choice(name, version, today, mirrored, int(patients), int(frames))
+    choice = make_bundle.Choice(name, version, today, mirrored, sweeps=int(patients), sweep_frames=int(frames))
     candidate = make_bundle.make(_root(data), checkpoints, choice, cache, measured, tell=console.print)
     signer = signing.KeySigner(Ed25519PrivateKey.generate())
     public = signer.key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
@@ -551,6 +551,40 @@ def value(
     if found:
         console.print(f"Written: {recipe.write(recipe.compared(found, root, settings, cache), left, results)}")
     console.print(f"{left} runs left")
+
+
+@app.command()
+def shots(
+    task: Annotated[Path, typer.Option(help="Task file whose shots are of an unseen device or site.")],
+    out: Annotated[Path, typer.Option(help="Folder of the queue's runs.")],
+    generator: Weights = None,
+    data: Data = None,
+    init: ImageNet = None,
+    seeds: int = 3,
+    steps: Annotated[int, typer.Option(help="Steps of each reader.")] = 1200,
+    most: Annotated[int | None, typer.Option(help="Runs to do now; all without it.")] = None,
+    results: Annotated[Path, typer.Option(help="Where the page goes.")] = Path("docs/results"),
+    cache: Cache = Path("runs/cache"),
+) -> None:
+    """What few shots are worth on an unseen device or site: AUC against 8, 16, 32 and 64 shots; a resumable queue."""
+    from busgen_cds.learning.recipes import fewshot as fewshot_
+    from busgen_cds.learning.recipes import shots as recipe
+    from busgen_cds.learning.recipes import value as value_
+
+    settings = recipe.Settings(seeds=seeds, reader=value_.Settings(steps=steps))
+    source = fewshot_.read_task(task)
+    left = recipe.work(
+        lambda adapter: _generator(generator, adapter),
+        _root(data),
+        source,
+        out,
+        settings,
+        init,
+        cache,
+        most,
+        console.print,
+    )
+    console.print(f"Written: {recipe.write(out, settings, left, results, source.task.name)}; {left} runs left")
 
 
 @app.command()

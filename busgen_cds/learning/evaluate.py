@@ -31,6 +31,7 @@ Floats = NDArray[np.float64]
 Flags = NDArray[np.bool_]
 BANDS = birads.CATEGORIES
 FRAMES = (1, 5, 20, 300)
+SHOWN = 0.05  # logits: an image with less positive evidence than this has no map to judge
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,8 @@ def _probability(log_odds: Floats) -> Floats:
 
 
 def _floor(arm: Arm) -> float:
-    return min(birads.logit(0.02), birads.logit(arm.manifest.thresholds.rule_out))
+    """Where 3 becomes 4A wherever malignancy is rare: the rule-out score, which no prevalence moves."""
+    return birads.logit(arm.manifest.thresholds.rule_out)
 
 
 def classification(arm: Arm, images: data.Images, logit: Floats, keep: Flags) -> dict[str, Any]:
@@ -393,6 +395,8 @@ def mark(image: NDArray[np.uint8], seed: int) -> NDArray[np.uint8]:
 def heat(arm: Arm, images: data.Images, read: Readings, keep: Flags, run: Run) -> dict[str, Any]:
     """Where the positive evidence lies: inside the outline grown by 10 % of its diameter, against two controls."""
     index = np.flatnonzero(keep & (images.masked == 1))
+    shown = np.array([np.clip(read.heat[i], 0, None).sum() >= SHOWN for i in index])
+    silent, index = int((~shown).sum()), index[shown]
     grown = [_coarse(figures.dilate(images.mask[i] > 127), read.heat.shape[-1]) for i in index]
     patients = images.patients[index]
     ours = np.array([_inside(read.heat[i], g) for i, g in zip(index, grown, strict=True)])
@@ -404,6 +408,7 @@ def heat(arm: Arm, images: data.Images, read: Readings, keep: Flags, run: Run) -
     total = np.array([np.clip(read.heat[i], 0, None).sum() for i in index])
     return {
         "images": len(index),
+        "images without positive evidence": silent,
         "inside": figures.mean_interval(ours, patients),
         "inside_pooled": float((ours * total).sum() / total.sum()),
         "centre_prior": figures.mean_interval(control, patients),
@@ -416,7 +421,7 @@ def heat(arm: Arm, images: data.Images, read: Readings, keep: Flags, run: Run) -
 def _inside(evidence: NDArray[Any], region: Floats) -> float:
     positive = np.clip(evidence, 0, None)
     total = float(positive.sum())
-    return float((positive * region).sum() / total) if total > 1e-9 else 0.0
+    return float((positive * region).sum() / total) if total > 0 else 0.0
 
 
 def _coarse(region: Flags, grid: int) -> Floats:

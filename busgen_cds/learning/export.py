@@ -77,12 +77,15 @@ def _turn(map_: Tensor, back: bool) -> Tensor:
     return map_.flip(map_.ndim - 1) if back else map_
 
 
-def open_checkpoints(paths: Sequence[Path], mirrored: bool = True) -> tuple[Deployed, list[dict[str, Any]]]:
+def open_checkpoints(
+    paths: Sequence[Path], mirrored: bool = True, floor: float | None = None
+) -> tuple[Deployed, list[dict[str, Any]]]:
     """The averaged weights of some runs as one network, rounded to what will be stored, and what each run was."""
     members, notes = [], []
     for path in paths:
         tensors, note = checkpoint.read(path)
-        member = Reader(Shape(**note["settings"]["shape"] | {"tasks": _heads(note["settings"])}))
+        changed = {"tasks": _heads(note["settings"])} | ({} if floor is None else {"floor": floor})
+        member = Reader(Shape(**note["settings"]["shape"] | changed))
         member.load_state_dict(checkpoint.part(tensors, "average."))
         members.append(member)
         notes.append(note)
@@ -146,6 +149,7 @@ def open_graph(graph: bytes, threads: int = 0) -> Run:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # others need the cores while we wait
     session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
     return lambda frames: dict(zip(names, session.run(None, {INPUT: frames}), strict=True))

@@ -134,6 +134,9 @@ def _arm(arm: Document) -> Iterable[str]:
             for name, s in arm["classification"].items()
         ],
     )
+    yield "3/4A is the rule-out score, which no prevalence moves: at or above it a category is never 3. At the"
+    yield "calibration's own prevalence the band of 2 % is stricter still. 4A/4B is 10 % at the calibration's prevalence."
+    yield ""
     yield "### A lesion against a normal breast"
     yield from _table(("set", "AUC"), [(name, _text(v)) for name, v in arm["presence"].items()])
     yield "### Outlines (224 px grid)"
@@ -175,6 +178,8 @@ def _arm(arm: Document) -> Iterable[str]:
     yield from _table(("what the reader sees", "AUC"), [(n, _text(v)) for n, v in arm["shortcuts"].items()])
     yield "### The map of evidence (malignant lesions of BUS-BRA test)"
     names = {
+        "images": "images with positive evidence (0.05 of logit or more)",
+        "images without positive evidence": "images without: left out",
         "inside": "positive evidence inside the mask grown by 10 %, mean per image",
         "inside_pooled": "the same, images weighed by their evidence",
         "centre_prior": "control: a map that only knows the centre",

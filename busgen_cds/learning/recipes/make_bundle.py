@@ -22,8 +22,6 @@ from busgen_cds.errors import Misconfigured
 from busgen_cds.learning import calibrate, card, data, export, figures
 from busgen_cds.learning.recipes import train_reader
 
-LOWEST_BAND = 0.02  # at and below it a category may be "3"
-
 
 @dataclass(frozen=True)
 class Choice:
@@ -33,6 +31,7 @@ class Choice:
     version: str
     created: datetime.date
     mirrored: bool = True
+    floor: float | None = 0.02  # of the attention, once trained: less evidence is spread where no lesion is
     sweeps: int = 40  # simulated studies that the pooling is fitted on
     sweep_frames: int = 48
 
@@ -47,7 +46,7 @@ def make(
 ) -> bundle.Candidate:
     """Everything from checkpoints to an unsigned Candidate."""
     tell("opening the checkpoints")
-    deployed, notes = export.open_checkpoints(checkpoints, choice.mirrored)
+    deployed, notes = export.open_checkpoints(checkpoints, choice.mirrored, choice.floor)
     sources = _one_arm(notes)
     rows = data.read_manifest(root)
     settings = train_reader.Settings(sources=sources)
@@ -73,7 +72,11 @@ def make(
 
     on_val = _on_val(read, val, calibration, thresholds) | {"parity": parity}
     measured = {"val": on_val, **(figures_so_far or {})}
-    described = {"members": [note["settings"] | {"step": note["step"]} for note in notes], "mirrored": choice.mirrored}
+    described = {
+        "members": [dict(note) for note in notes],
+        "mirrored": choice.mirrored,
+        "floor": choice.floor,
+    }
     return export.candidate(
         name=choice.name,
         version=choice.version,
@@ -103,8 +106,11 @@ def _gate(
 
 
 def lowest_suspicion(thresholds: bundle.Thresholds) -> float:
-    """Log-odds at and above which a category is 4A or more at the calibration's own prevalence."""
-    return min(logit(LOWEST_BAND), logit(thresholds.rule_out))
+    """Log-odds at and above which a category is 4A or more wherever malignancy is rare: the rule-out score.
+
+    At the calibration's own prevalence the band of 2 % is stricter still; it is the site's prevalence that moves it.
+    """
+    return logit(thresholds.rule_out)
 
 
 def _one_arm(notes: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
