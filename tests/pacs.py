@@ -34,6 +34,7 @@ class Pacs:
         self.name, self.ae_title = name, name.upper()
         self.host, self.port = "127.0.0.1", _free_port()
         self.objects: dict[str, list[bytes]] = defaultdict(list)  # SOP Instance UID → each data set it came with
+        self.studies: dict[str, str] = {}  # SOP Instance UID → Study Instance UID
         self.stored_at: dict[str, float] = {}
         self.classes: dict[str, str] = {}  # SOP Instance UID → SOP class UID
         self.refuses: set[str] = set()  # SOP class UIDs
@@ -78,13 +79,16 @@ class Pacs:
     # -- what it holds
 
     def datasets(self) -> list[Dataset]:
-        with self._lock:
-            newest = [versions[-1] for versions in self.objects.values()]
-        return [_open(each) for each in newest]
+        return self._newest(list(self.objects))
 
     def of(self, study_uid: str, *, modality: str | None = None) -> list[Dataset]:
-        mine = [each for each in self.datasets() if each.StudyInstanceUID == study_uid]
+        mine = self._newest([uid for uid, study in list(self.studies.items()) if study == study_uid])
         return [each for each in mine if modality in (None, each.Modality)]
+
+    def _newest(self, uids: list[str]) -> list[Dataset]:
+        with self._lock:
+            encoded = [self.objects[uid][-1] for uid in uids]
+        return [_open(each) for each in encoded]
 
     def twice(self) -> list[str]:
         """What came with two contents."""
@@ -97,9 +101,11 @@ class Pacs:
             return 0xA700
         if event.request.AffectedSOPClassUID in self.refuses:
             return 0xA900
+        uid, encoded = str(event.request.AffectedSOPInstanceUID), event.encoded_dataset()
+        header = pydicom.dcmread(io.BytesIO(encoded), specific_tags=["StudyInstanceUID"], stop_before_pixels=True)
         with self._lock:
-            uid = str(event.request.AffectedSOPInstanceUID)
-            self.objects[uid].append(event.encoded_dataset())
+            self.objects[uid].append(encoded)
+            self.studies[uid] = str(header.StudyInstanceUID)
             self.stored_at[uid] = time.monotonic()
             self.classes[uid] = str(event.request.AffectedSOPClassUID)
         return 0

@@ -1,7 +1,7 @@
 """A site's listener and worker as processes of their own, for tests that kill them.
 
     python -m tests.system.processes listen FOLDER PORT
-    python -m tests.system.processes work FOLDER NAME PACS_PORT SECONDS_PER_READING
+    python -m tests.system.processes work FOLDER NAME PACS_PORT SECONDS_PER_READING   # below 0: each reading ends it
 
 They share nothing but the folder. Everything is the product's own, except the reader.
 """
@@ -74,6 +74,8 @@ class _Counting(hospital.Reader):
     def __call__(self, study, revision):  # type: ignore[no-untyped-def]
         with self.file.open("a") as file:
             file.write(f"{os.getpid()} {study.uid}\n")
+        if self.seconds < 0:
+            os._exit(9)  # as when the memory runs out
         return super().__call__(study, revision)
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from busgen_cds.flows.read_study import RECOVERIES
 from tests import hospital
 from tests.hospital import Scanner, Site
 from tests.pacs import Pacs
@@ -185,6 +186,23 @@ def test_a_living_worker_takes_over_from_a_dead_one(tmp_path: Path) -> None:
         if second is not None:
             second.kill()
         pacs.goes_down()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_study_that_ends_every_worker(tmp_path: Path) -> None:
+    """A study whose reading ends the worker again and again is parked in the end, and no longer in the others' way."""
+    site = Site(tmp_path / "site")
+    hospital.keep(site, hospital.a_lesion(1))
+    worker = Process(["work", str(site.folder), "worker", "1", "-1"], tmp_path / "worker.log")
+    starts = 0
+    while not site.jobs.all("parked") and starts < 20:
+        worker.start()
+        starts += 1
+        _until(lambda: worker.ended or bool(site.jobs.all("parked")), "it ends")
+    worker.kill()
+    assert "ended the worker again and again" in site.jobs.all("parked")[0].reason
+    assert _reads(site) <= RECOVERIES + 1
 
 
 def _reads(site: Site) -> int:
