@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 
 if TYPE_CHECKING:
-    from busgen_cds.bundle import Bundle
+    from busgen_cds.bundle import Bundle, Candidate
     from busgen_cds.learning.evaluate import ForeignFile
     from busgen_cds.learning.generator import Generator
     from busgen_cds.learning.recipes.train_reader import Report
@@ -133,10 +133,6 @@ def seal(
     cache: Cache = Path("runs/cache"),
 ) -> None:
     """Calibrate, export, check parity and sign with a key that is used once and thrown away."""
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-
-    from busgen_cds import signing
     from busgen_cds.learning.recipes import make_bundle
 
     measured = json.loads(figures.read_text())["summary"] if figures else None
@@ -144,12 +140,7 @@ def seal(
     today = datetime.datetime.now(datetime.UTC).date()
     choice = make_bundle.Choice(name, version, today, mirrored, sweeps=int(patients), sweep_frames=int(frames))
     candidate = make_bundle.make(_root(data), checkpoints, choice, cache, measured, tell=console.print)
-    signer = signing.KeySigner(Ed25519PrivateKey.generate())
-    public = signer.key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
-    trust.mkdir(parents=True, exist_ok=True)
-    (trust / f"release-{name}-{version}.pem").write_bytes(public)
-    candidate.seal(out, signer)
-    console.print(f"Sealed {name} {version} in {out}, digest {candidate.digest[:16]}, key {signer.key_id}")
+    _sign(candidate, out, trust)
     console.print_json(json.dumps(dict(candidate.manifest.figures)))
 
 
@@ -209,6 +200,44 @@ def crossval(
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     console.print_json(json.dumps(found))
+
+
+@app.command()
+def publish(
+    bundle: Annotated[Path, typer.Argument(help="A sealed bundle.")],
+    figures: Annotated[Path, typer.Option(help="reader.json of its evaluation.")],
+    trust: Annotated[list[Path], typer.Option(help="Folders with the public keys (PEM) of those who may sign.")],
+    out: Annotated[Path, typer.Option(help="Folder of the published bundle.")],
+    keys: Annotated[Path, typer.Option(help="Folder where the one-shot key's public half is kept.")],
+    data: Data = None,
+    cache: Cache = Path("runs/cache"),
+) -> None:
+    """The same bundle with what its evaluation found in card and manifest, signed anew."""
+    from busgen_cds.learning.recipes import make_bundle
+
+    sealed = _open(bundle, trust)
+    document = json.loads(figures.read_text(encoding="utf-8"))
+    if document["arms"]["shipped"]["digest"] != sealed.digest:
+        raise typer.BadParameter(f"{figures} holds the figures of another bundle: evaluate {bundle} first")
+    _sign(make_bundle.with_figures(_root(data), sealed, document["summary"], cache), out, keys)
+
+
+def _sign(candidate: Candidate, out: Path, keys: Path) -> None:
+    """Sign with a key that is used once; its public half is what a product trusts."""
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+    from busgen_cds import signing
+
+    signer = signing.KeySigner(Ed25519PrivateKey.generate())
+    public = signer.key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    manifest = candidate.manifest
+    keys.mkdir(parents=True, exist_ok=True)
+    (keys / f"release-{manifest.name}-{manifest.version}.pem").write_bytes(public)
+    candidate.seal(out, signer)
+    console.print(
+        f"Sealed {manifest.name} {manifest.version} in {out}, digest {candidate.digest[:16]}, key {signer.key_id}"
+    )
 
 
 def _open(folder: Path, trust: list[Path]) -> Bundle:

@@ -42,6 +42,10 @@ def test_a_folder_of_images_becomes_a_bundle_that_opens(root: Path, trained: Pat
     assert "18 patients" not in card and "12 images of 12 patients" in card
     shift = opened.manifest.pooling.shift
     assert list(shift) == sorted(shift) and shift[0] == 0
+    published = make_bundle.with_figures(root, opened, {"test": {"AUC of toys": 0.75}})
+    assert "AUC of toys | 0.75" in published.files[bundle.CARD].decode()
+    assert published.manifest.files[bundle.NETWORK] == opened.manifest.files[bundle.NETWORK]
+    assert published.digest != opened.digest
     run = export.open_graph(opened.files[bundle.NETWORK])
     broken = export.open_graph(evaluate.randomise(opened.files[bundle.NETWORK]))
     frame = np.random.default_rng(0).random((1, 1, 224, 224), np.float32)

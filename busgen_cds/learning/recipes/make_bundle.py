@@ -7,6 +7,7 @@ Rules:
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from busgen_cds import bundle
+from busgen_cds import bundle, signing
 from busgen_cds.birads import logit
 from busgen_cds.errors import Misconfigured
 from busgen_cds.learning import calibrate, card, data, export, figures
@@ -91,6 +92,23 @@ def make(
         settings=described,
         figures=measured,
     )
+
+
+def with_figures(
+    root: Path, sealed: bundle.Bundle, measured: Mapping[str, Any], cache: Path | None = None
+) -> bundle.Candidate:
+    """The same network, gate and thresholds, with what an evaluation of it found in its card and manifest."""
+    manifest = sealed.manifest
+    rows = data.read_manifest(root)
+    chosen = train_reader.choose(rows, train_reader.Settings(sources=manifest.trained_on))
+    train, val = (data.load(root, part, cache) for part in chosen)
+    found = {**manifest.figures, **measured}
+    text = card.write(
+        manifest.name, manifest.version, train, val, manifest.calibration, manifest.thresholds, found, manifest.settings
+    )
+    files = {**sealed.files, bundle.CARD: text.encode()}
+    digests = {name: signing.digest(content) for name, content in files.items()}
+    return bundle.Candidate(dataclasses.replace(manifest, files=digests, figures=found), files)
 
 
 def _gate(
