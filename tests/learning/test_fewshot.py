@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ import torch
 from busgen_cds.errors import Misconfigured
 from busgen_cds.learning import checkpoint, data
 from busgen_cds.learning.generator import Generator, Sampling
-from busgen_cds.learning.recipes import fewshot
+from busgen_cds.learning.recipes import fewshot, shots, value
 from busgen_cds.learning.recipes.fewshot import Settings
 from tests.learning.generators import data_folder, tiny
 
@@ -35,7 +37,7 @@ QUICK = Settings(shots=8, steps=4, report_every=2, batch=4, views=2, rank=2)
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return data_folder(tmp_path_factory.mktemp("few") / "data", patients=24)
+    return data_folder(tmp_path_factory.mktemp("few") / "data", patients=36)
 
 
 def task(folder: Path, split: str = "train") -> fewshot.Source:
@@ -114,3 +116,27 @@ def test_the_shipped_tasks_are_read(name: str) -> None:
     assert bool(source.surrogate) == (name == "prognosis") and (name != "prognosis" or source.most == 32)
     rows = [data.Row("", "", "", "", "malignant", "", {"pathology": "malignant", "histology": "x"}, 2)]
     assert np.array(source.task.targets(rows)).shape == (1,)
+
+
+def test_the_queue_of_shots_judges_other_patients(root: Path, tmp_path: Path) -> None:
+    """Each arm adds what it says, and is judged on patients of the unseen device that nothing was adapted to."""
+    folder = tmp_path / "data"
+    shutil.copytree(root, folder)
+    with (folder / "manifest.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    for i, row in enumerate(rows):
+        row["split"] = ("train", "device-adapt", "device-adapt", "device-test")[i // 3 % 4]
+    with (folder / "manifest.csv").open("w", newline="") as file:
+        table = csv.DictWriter(file, rows[0])
+        table.writeheader()
+        table.writerows(rows)
+    source = fewshot.Source(task(tmp_path).task, ("painted",), ("device-adapt",), ("cyst", "mucinous"), 12, "")
+    settings = shots.Settings(reader=value.Settings(source="painted", steps=1, batch=4, size=64))
+    manifest = shots.assemble(folder, source, tmp_path / "arm", 8, 0, "shots", None, settings) / "manifest.csv"
+    with manifest.open() as file:
+        arm = list(csv.DictReader(file))
+    judged = {row["patient"] for row in rows if row["split"] == "device-test"}
+    assert {row["source"] for row in arm} == {"painted", "shots"}
+    assert judged and not judged & {row["patient"] for row in arm}
+    page = shots.write(tmp_path / "runs", settings, 5, tmp_path, "device")
+    assert "not run" in page.read_text()

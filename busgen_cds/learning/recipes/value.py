@@ -163,10 +163,10 @@ def assemble(run: Run, root: Path, generated: Path | None, out: Path, settings: 
     names = sorted({r.patient for r in real})
     order = np.random.default_rng((run.seed, 7)).permutation(len(names))
     kept = {names[i] for i in order[: math.ceil(run.arm.real * len(names))]}
-    chosen = [_moved(r, root) for r in real if r.patient in kept]
-    chosen += [_moved(r, root) for r in rows if r.source == settings.source and r.split == "val"]
+    chosen = [moved(r, root) for r in real if r.patient in kept]
+    chosen += [moved(r, root) for r in rows if r.source == settings.source and r.split == "val"]
     copies = [r for r in real if r.patient in kept][: round(run.arm.duplicates * len(real))]
-    chosen += [_moved(r, root) | {"source": "duplicate"} for r in copies]
+    chosen += [moved(r, root) | {"source": "duplicate"} for r in copies]
     if run.arm.generated:
         chosen += _generated(generated, run)
     columns = list(dict.fromkeys(name for row in chosen for name in row))
@@ -177,7 +177,7 @@ def assemble(run: Run, root: Path, generated: Path | None, out: Path, settings: 
     return out
 
 
-def _moved(row: data.Row, root: Path) -> dict[str, str]:
+def moved(row: data.Row, root: Path) -> dict[str, str]:
     return row.labels | {"image": str(root / row.image), "mask": str(root / row.mask) if row.mask else ""}
 
 
@@ -188,7 +188,7 @@ def _generated(folder: Path | None, run: Run) -> list[dict[str, str]]:
     if len(rows) < run.arm.generated:
         raise Misconfigured(f"The arm {run.arm.name} needs {run.arm.generated} images; {folder} holds {len(rows)}.")
     order = np.random.default_rng((run.seed, 8)).permutation(len(rows))[: run.arm.generated]
-    return [_moved(rows[i], folder) for i in order]
+    return [moved(rows[i], folder) for i in order]
 
 
 @torch.inference_mode()
