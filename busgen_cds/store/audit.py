@@ -10,6 +10,7 @@ Rules:
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -88,6 +89,15 @@ def _hash(before: str, row: Mapping[str, Any]) -> str:
     return hashlib.sha256(signing.canonical(covered)).hexdigest()
 
 
+def acts_of(session: Session, study_ref: str, kind: str) -> list[Act]:
+    query = sa.select(_acts).where(_acts.c.study_ref == study_ref, _acts.c.kind == kind).order_by(_acts.c.number)
+    rows = session.execute(query)
+    return [Act(row.kind, row.who, row.what, row.study_ref, json.loads(row.detail)) for row in rows]
+
+
+CHECKPOINT_KIND = "application/vnd.busgen-cds.audit-checkpoint+json"
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """How long the record was at a moment, and what its last hash was."""
@@ -95,6 +105,19 @@ class Checkpoint:
     number: int
     hash: str
     at: str
+
+
+def checkpoint(database: Database, signer: signing.Signer, at: datetime) -> bytes:
+    """A signed statement of how far the record goes now: keep it where this machine cannot rewrite it."""
+    with database.reading() as session:
+        last = session.execute(_LAST).first()
+    number, hash_ = (last.number, last.hash) if last else (0, GENESIS)
+    document = {"number": number, "hash": hash_, "at": at.astimezone(UTC).isoformat()}
+    return signing.seal(signing.canonical(document), CHECKPOINT_KIND, signer)
+
+
+def read_checkpoint(envelope: bytes, verifier: signing.Verifier) -> Checkpoint:
+    return Checkpoint(**json.loads(verifier.open(envelope, CHECKPOINT_KIND)))
 
 
 @dataclass(frozen=True)
@@ -110,7 +133,7 @@ class Verdict:
 
 def verify(database: Database, checkpoints: Sequence[Checkpoint] = ()) -> Verdict:
     """Walk the whole chain; name the first entry that does not follow from the one before."""
-    expected = {point.number: point.hash for point in checkpoints}
+    expected = {point.number: point.hash for point in checkpoints if point.number}
     before, number = GENESIS, 0
     with database.reading() as session:
         for row in session.execute(sa.select(_acts).order_by(_acts.c.number).execution_options(yield_per=1000)):

@@ -79,6 +79,13 @@ class Sealed(sa.TypeDecorator[bytes]):
     cache_ok = True
 
 
+class WrappedKey(sa.TypeDecorator[bytes]):
+    """A key made by `Vault.wrap`; key rotation finds these columns by their type."""
+
+    impl = sa.LargeBinary
+    cache_ok = True
+
+
 class Blind(sa.TypeDecorator[str]):
     """A keyed hash made by `Vault.blind` of the text in the `Sealed` column that it names."""
 
@@ -116,6 +123,17 @@ class Database:
         """One consistent view, without the write lock."""
         with Session(self.engine, expire_on_commit=False) as session, session.begin():
             yield session
+
+    def scrub(self) -> None:
+        """Leave no trace of what was deleted, in the file or in its log; takes a moment, and no writer may run long."""
+        if self.engine.dialect.name != "sqlite":
+            return
+        with self.engine.connect() as connection:
+            raw = connection.connection.driver_connection
+            assert raw is not None
+            for statement in ("VACUUM", "PRAGMA wal_checkpoint(TRUNCATE)"):
+                raw.execute(statement).close()
+        _lengthen_log(self)
 
     def close(self) -> None:
         self.engine.dispose()

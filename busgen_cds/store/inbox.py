@@ -32,7 +32,7 @@ from busgen_cds.arrival import Arrival, Kept, NoRoom, Outcome, Peek
 from busgen_cds.errors import Untrusted
 from busgen_cds.store import audit, clerk, vault
 from busgen_cds.store.clerk import Job
-from busgen_cds.store.database import Base, Blind, Database, Sealed, UtcTime, table_of
+from busgen_cds.store.database import Base, Blind, Database, Sealed, UtcTime, WrappedKey, table_of
 from busgen_cds.store.vault import SealedWriter, Vault
 
 TWO_PATIENTS = "Two patient ids under one Study Instance UID: find out whose images these are, then release or delete."
@@ -58,7 +58,7 @@ class StudyTable(Base):
     uid: Mapped[bytes] = mapped_column(Sealed)
     patient_blind: Mapped[str] = mapped_column(Blind(of="patient"), index=True)
     patient: Mapped[bytes] = mapped_column(Sealed)
-    key: Mapped[bytes | None] = mapped_column(sa.LargeBinary)  # wrapped by the site's key; gone when shredded
+    key: Mapped[bytes | None] = mapped_column(WrappedKey)  # gone when the study is shredded
     first_received_at: Mapped[datetime] = mapped_column(UtcTime)
     two_patients: Mapped[bool] = mapped_column(default=False)
     held: Mapped[str | None] = mapped_column(sa.Text)
@@ -110,7 +110,7 @@ class QuarantineTable(Base):
     transfer_syntax_uid: Mapped[str] = mapped_column(sa.String(64))
     size: Mapped[int] = mapped_column(sa.BigInteger)
     reason: Mapped[str] = mapped_column(sa.Text)
-    key: Mapped[bytes] = mapped_column(sa.LargeBinary)  # the data key, wrapped by the site's key
+    key: Mapped[bytes] = mapped_column(WrappedKey)  # the data key
 
 
 _studies, _instances, _quarantine = table_of(StudyTable), table_of(InstanceTable), table_of(QuarantineTable)
@@ -373,6 +373,39 @@ class Inbox:
     def keep_books(self) -> None:
         """Be the inbox's clerk, in a process of its own, for as long as it lives."""
         clerk.serve(self._folder, self._commit_rows)
+
+    # -- letting go ------------------------------------------------------------------------------------------------
+
+    def shred(self, study_ref: str, who: str) -> None:
+        """Destroy the study's key, and with it every copy of its files; its names leave the database with it.
+
+        What remains is the opaque reference, so that the record of acts still speaks of something.
+        """
+        gone = {"key": None, "held": None, "uid": b"", "patient": b"", "patient_blind": "", "uid_blind": study_ref}
+        with self._one_at_a_time(), self._database.connection() as connection:
+            mine = _instances.c.study_ref == study_ref
+            entries = connection.execute(sa.select(_instances.c.ref, _instances.c.received_at).where(mine)).all()
+            connection.execute(sa.delete(_instances).where(mine))
+            connection.execute(sa.update(_studies).where(_studies.c.ref == study_ref).values(**gone))
+            detail = {"instances": [entry.ref for entry in entries]}
+            audit.record(connection, audit.Act("study shredded", who, "", study_ref, detail), at=self._clock())
+        for entry in entries:
+            self._path(entry.ref, entry.received_at).unlink(missing_ok=True)
+        self._database.scrub()
+
+    def why_not_shredded(self, study_ref: str) -> list[str]:
+        """The proof that a study cannot be read any more: what still speaks against it, if anything does."""
+        with self._database.reading() as session:
+            study = session.execute(sa.select(_studies).where(_studies.c.ref == study_ref)).first()
+            rows = session.execute(sa.select(_instances.c.ref).where(_instances.c.study_ref == study_ref)).all()
+            acts = audit.acts_of(session, study_ref, "study shredded")
+        if study is None or not acts:
+            return ["the record of acts does not say that this study was shredded"]
+        refs = {ref for act in acts for ref in act.detail["instances"]}
+        left = sorted(path.name for path in self._kept.rglob("*") if path.name in refs)
+        against = [("the study's key is there", study.key is not None), ("instances are in the database", bool(rows))]
+        against += [("its identifiers are in the database", bool(study.uid or study.patient))]
+        return [what for what, is_so in against if is_so] + [f"its file {name} is on the disk" for name in left]
 
     # -- housekeeping ----------------------------------------------------------------------------------------------
 

@@ -276,7 +276,7 @@ class Results:
             refs = self._keep_objects(session, entry, rendered, digests, seal)
             for each in addressees:
                 self._address(session, entry, each, {r: o.kind for r, o in zip(refs, rendered, strict=True)}, now)
-            audit.record(session, *_acts_of(entry, rendered, digests), at=now)
+            audit.record(session, *_acts_of(entry, refs, digests), at=now)
             if session_also:
                 session_also(session)
         return entry
@@ -528,10 +528,10 @@ class Results:
         with self._database.transaction() as session:
             done = sa.update(_delivered).where(mine, _delivered.c.state != state)
             if _changed(session, done.values(state=state, reason=reason, at=now)):
-                kind = session.execute(
-                    sa.select(_rendered.c.kind).where(_rendered.c.sop_instance_uid == sop_instance_uid)
-                ).scalar_one()
-                detail = {"kind": kind, "object": sop_instance_uid, "to": delivery.destination, "reason": reason}
+                row = session.execute(
+                    sa.select(_rendered.c.ref, _rendered.c.kind).where(_rendered.c.sop_instance_uid == sop_instance_uid)
+                ).one()
+                detail = {"kind": row.kind, "object": row.ref, "to": delivery.destination, "reason": reason}
                 act = audit.Act(f"object {state}", "delivery", reason, delivery.study_ref, detail)
                 audit.record(session, act, at=now)
 
@@ -760,7 +760,7 @@ def _alarm(replaced: Entry | None, rank: int, said: str) -> str:
     return f"Revision {replaced.revision} said {before}; the one that replaces it says {said}."
 
 
-def _acts_of(entry: Entry, rendered: Sequence[Rendered], digests: Sequence[str]) -> list[audit.Act]:
+def _acts_of(entry: Entry, refs: Sequence[str], digests: Sequence[str]) -> list[audit.Act]:
     detail = {
         "result": entry.ref,
         "revision": entry.revision,
@@ -768,7 +768,7 @@ def _acts_of(entry: Entry, rendered: Sequence[Rendered], digests: Sequence[str])
         "bundle": entry.bundle_digest,
         "evidence": entry.evidence_digest,
         "supersedes": entry.supersedes,
-        "objects": {each.sop_instance_uid: digest for each, digest in zip(rendered, digests, strict=True)},
+        "objects": dict(zip(refs, digests, strict=True)),
     }
     acts = [audit.Act("result made", "reading", entry.reason, entry.study_ref, detail)]
     if entry.alarm:

@@ -84,6 +84,14 @@ class Vault:
     def unwrap(self, wrapped: bytes) -> bytes:
         return _decrypt(self._ring_of(wrapped).keys, wrapped[_ID:], b"key")
 
+    def rewrap(self, wrapped: bytes) -> bytes:
+        """The same key under the newest site key."""
+        return wrapped if self.is_current(wrapped) else self.wrap(self.unwrap(wrapped))
+
+    def reseal(self, sealed: bytes) -> bytes:
+        """The same text under the newest site key."""
+        return sealed if self.is_current(sealed) else self.seal(self.open(sealed))
+
     def is_current(self, sealed: bytes) -> bool:
         return sealed[:_ID] == self._current.id
 

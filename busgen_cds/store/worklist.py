@@ -265,6 +265,9 @@ class Worklist:
 
 
 def _followed_row(session: Session) -> sa.Row[Any]:
+    """Taken first: one at a time follows. SQLite's writers are alone in any case."""
+    if session.get_bind().dialect.name == "postgresql":
+        session.execute(sa.text("SELECT pg_advisory_xact_lock(:key)"), {"key": 0x776F726B})
     row = session.execute(sa.select(_followed)).first()
     if row is None:
         session.execute(sa.insert(_followed).values(id=1, number=0, unread=0, stuck=0, read=0))

@@ -6,7 +6,7 @@ from alembic import context
 
 from busgen_cds.store import database
 
-_OURS = (database.UtcTime, database.Sealed, database.Blind)
+_OURS = (database.UtcTime, database.Sealed, database.Blind, database.WrappedKey)
 
 
 def _render(kind: str, item: Any, _autogenerate: Any) -> str | Literal[False]:
