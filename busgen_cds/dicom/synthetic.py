@@ -20,6 +20,7 @@ from busgen_cds import signing
 from busgen_cds.study import Spacing
 
 CENTIMETRES = 3  # PS3.3 C.8.5.5.1.15: physical units code
+USUAL = Spacing(0.1, 0.1)
 TWO_D, TISSUE = 1, 1  # PS3.3 C.8.5.5.1.1 and .2: spatial format and data type
 
 
@@ -28,7 +29,7 @@ def study(
     *,
     name: str,
     at: datetime,
-    spacing: Spacing = Spacing(0.1, 0.1),
+    spacing: Spacing = USUAL,
     description: str = "US Breast (synthetic)",
     manufacturer: str = "Synthetic scanner",
 ) -> list[bytes]:

@@ -15,7 +15,8 @@ from busgen_cds.learning.data import Images
 
 LICENCES = {
     "busbra": "BUS-BRA (Gómez-Flores et al., Medical Physics 2024;51:3110), permissive with citation",
-    "busi": "BUSI (Al-Dhabyani et al., Data in Brief 2020;28:104863), research use with citation; commercial terms unsettled",
+    "busi": "BUSI (Al-Dhabyani et al., Data in Brief 2020;28:104863), research use with citation; commercial terms "
+    "unsettled",
 }
 
 _TEXT = """# {name} {version}

@@ -3,8 +3,6 @@
 import sqlalchemy as sa
 from alembic import op
 
-from busgen_cds.store import database as store
-
 revision = "52fe89200633"
 down_revision = "d8683b88b18f"
 branch_labels = None
