@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import socket
+import ssl
 import threading
 import time
 from collections import defaultdict
@@ -44,6 +45,8 @@ class Pacs:
         self.counts: dict[str, int] = {}  # Study Instance UID → ultrasound images it says it holds
         self.commits: bool | None = True  # None: takes the request and says nothing
         self.lost: set[str] = set()  # SOP Instance UIDs that it will not commit to
+        self.offers_commitment = True
+        self.tls: ssl.SSLContext | None = None
         self._server: Any = None
         self._lock = threading.Lock()
 
@@ -60,15 +63,19 @@ class Pacs:
         for context in AllStoragePresentationContexts:
             if context.abstract_syntax not in self.refuses:
                 entity.add_supported_context(context.abstract_syntax, ALL_TRANSFER_SYNTAXES)
-        for other in (Verification, StudyRootQueryRetrieveInformationModelFind, StorageCommitmentPushModel):
+        for other in (Verification, StudyRootQueryRetrieveInformationModelFind):
             entity.add_supported_context(other)
+        if self.offers_commitment:
+            entity.add_supported_context(StorageCommitmentPushModel)
         handlers = [
             (evt.EVT_CONN_OPEN, _no_delay),
             (evt.EVT_C_STORE, self._store),
             (evt.EVT_C_FIND, self._find),
             (evt.EVT_N_ACTION, self._commit),
         ]
-        self._server = entity.start_server((self.host, self.port), block=False, evt_handlers=handlers)
+        self._server = entity.start_server(
+            (self.host, self.port), block=False, evt_handlers=handlers, ssl_context=self.tls
+        )
         return self
 
     def goes_down(self) -> None:

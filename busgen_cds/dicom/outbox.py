@@ -405,6 +405,8 @@ def _no_delay(event: evt.Event) -> None:
 def _why_not(association: Association, node: Node) -> Exception:
     if association.rejected_contexts and not association.accepted_contexts:
         return _NothingAccepted()
+    if not association.is_rejected and node.tls:
+        _shake_hands(node, node.tls)  # pynetdicom keeps the reason to itself
     if not association.is_rejected:
         return Transient(f"{node} cannot be reached, or does not answer.")
     answer = association.acceptor.primitive
@@ -414,6 +416,19 @@ def _why_not(association: Association, node: Node) -> Exception:
     if source == 1 and reason == 7:
         return Misconfigured(f"{node} says that it is not {node.ae_title!r}: set ae_title of this destination.")
     return Transient(f"{node} rejected the association (source {source}, reason {reason}).")
+
+
+def _shake_hands(node: Node, tls: Tls) -> None:
+    """Whatever is wrong with the certificates is a setting to change, here or there."""
+    try:
+        with socket.create_connection((node.host, node.port), timeout=10) as connection:
+            _tls_context(tls, node).wrap_socket(connection, server_hostname=node.host).close()
+    except ssl.SSLCertVerificationError as wrong:
+        raise Misconfigured(f"The certificate of {node} does not hold: {wrong.verify_message}.") from wrong
+    except ssl.SSLError as wrong:
+        raise Misconfigured(f"{node} does not speak TLS with us: {wrong.reason}.") from wrong
+    except OSError:
+        return
 
 
 def _tls_context(tls: Tls | None, node: Node) -> ssl.SSLContext:

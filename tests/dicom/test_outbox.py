@@ -1,0 +1,110 @@
+"""What the outbox says when a PACS cannot, will not or must not be spoken to."""
+
+from __future__ import annotations
+
+import datetime
+import ipaddress
+import ssl
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+from busgen_cds.dicom import files, outbox
+from busgen_cds.dicom.outbox import Node, Tls
+from busgen_cds.errors import Misconfigured, Transient
+from tests.hospital import a_lesion
+from tests.pacs import Pacs
+
+
+@pytest.fixture
+def pacs() -> Iterator[Pacs]:
+    it = Pacs()
+    yield it
+    it.goes_down()
+
+
+def test_nobody_is_there(pacs: Pacs) -> None:
+    """A PACS that cannot be reached is Transient, by DICOM and over the web."""
+    file = files.open_file(a_lesion(1)[0])
+    for node in (pacs.node, Node("web", url=f"http://127.0.0.1:{pacs.port}")):
+        with pytest.raises(Transient, match="cannot be reached"):
+            list(outbox.send([file], to=node))
+
+
+def test_our_title_or_theirs_is_wrong(pacs: Pacs) -> None:
+    """A PACS that does not know our AE title, or has another than we think, is Misconfigured and says which."""
+    pacs.knows = ["SOMEBODY"]
+    pacs.comes_up()
+    with pytest.raises(Misconfigured, match="does not know our AE title 'BUSGEN_CDS'"):
+        outbox.echo(pacs.node)
+
+
+def test_no_commitment_is_offered(pacs: Pacs) -> None:
+    """Commitment asked of a PACS that does not offer it names the setting to change."""
+    pacs.offers_commitment = False
+    pacs.comes_up()
+    with pytest.raises(Misconfigured, match="commitment = false"):
+        outbox.request_commitment([], pacs.node, transaction_uid="1.2.3", wait_seconds=1)
+
+
+def test_sent_as_it_is(pacs: Pacs) -> None:
+    """A compressed image arrives in the transfer syntax it has."""
+    pacs.comes_up()
+    file = files.open_file(a_lesion(1, syntax="1.2.840.10008.1.2.5")[0])
+    assert [sent.stored for sent in outbox.send([file], to=pacs.node)] == [True]
+    assert pacs.datasets()[0].file_meta.TransferSyntaxUID == "1.2.840.10008.1.2.5"
+
+
+def test_over_tls(tmp_path: Path, pacs: Pacs) -> None:
+    """TLS with a client certificate; a certificate of another authority is Misconfigured and says so."""
+    authority, certificate, key = _certificates(tmp_path / "good")
+    stranger, _, _ = _certificates(tmp_path / "other")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    context.load_verify_locations(authority)
+    context.verify_mode = ssl.CERT_REQUIRED
+    pacs.tls = context
+    pacs.comes_up()
+    tls = Tls(str(authority), str(certificate), str(key))
+    assert outbox.echo(replace(pacs.node, tls=tls)) < 10
+    with pytest.raises(Misconfigured, match=r"certificate of pacs .* does not hold"):
+        outbox.echo(replace(pacs.node, tls=replace(tls, authority=str(stranger))))
+    with pytest.raises(Misconfigured, match="TLS files"):
+        outbox.echo(replace(pacs.node, tls=replace(tls, key=str(tmp_path / "none"))))
+
+
+def _certificates(folder: Path) -> tuple[Path, Path, Path]:
+    """An authority, and a certificate of it for 127.0.0.1 with its key."""
+    folder.mkdir()
+    root, leaf = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
+    names = {k: x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"{folder.name} {k}")]) for k in ("root", "leaf")}
+    written, here = [], x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
+    for name, of in (("root", root), ("leaf", leaf)):
+        now = datetime.datetime.now(datetime.UTC)
+        built = (
+            x509.CertificateBuilder()
+            .subject_name(names[name])
+            .issuer_name(names["root"])
+            .public_key(of.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - datetime.timedelta(days=1))
+            .not_valid_after(now + datetime.timedelta(days=1))
+            .add_extension(x509.BasicConstraints(ca=name == "root", path_length=None), critical=True)
+            .add_extension(
+                x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False
+            )
+            .sign(root, hashes.SHA256())
+        )
+        path = folder / f"{name}.pem"
+        path.write_bytes(built.public_bytes(serialization.Encoding.PEM))
+        written.append(path)
+    key = folder / "leaf.key"
+    plain = serialization.NoEncryption()
+    key.write_bytes(leaf.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, plain))
+    return written[0], written[1], key
