@@ -170,9 +170,11 @@ def evaluate(
         opened = _open(folder, trust)
         arm = evaluate.Arm(name, opened.manifest, opened.files)
         run = export.open_graph(arm.files["reader.onnx"])
-        with console.status(f"{name}: reading {len(images)} images"):
-            read = calibrate.cached(run, images.image, cache / f"readings-{opened.digest[:16]}.npz")
-        found = evaluate.measure(arm, images, read, run, foreign, console.print, (int(patients), int(frames)))
+        mine = evaluate.unseen(images, arm.sources)
+        with console.status(f"{name}: reading {len(mine)} images"):
+            read = calibrate.cached(run, mine.image, cache / f"readings-{opened.digest[:16]}.npz")
+        studies = (int(patients), int(frames)) if name == "shipped" else (0, 0)
+        found = evaluate.measure(arm, mine, read, run, foreign, console.print, studies)
         found |= evaluate.cost(arm)
         document["arms"][name] = found | {"digest": opened.digest}
     document = evaluate.rounded(document)

@@ -97,6 +97,11 @@ def tests(images: data.Images, sources: Sequence[str]) -> list[Set]:
     return found
 
 
+def unseen(images: data.Images, sources: Sequence[str]) -> data.Images:
+    """What an arm may be tested on: everything that did not train, choose or calibrate it."""
+    return images.pick([row.source not in sources or row.split not in ("train", "val") for row in images.rows])
+
+
 def _unseen(sets: Sequence[Set], images: data.Images, sources: Sequence[str]) -> None:
     seen = {(row.source, row.patient) for row in images.rows if row.source in sources and row.split in ("train", "val")}
     for test in sets:
@@ -136,7 +141,7 @@ def measure(
     found["decision"] = decision(images, logit, test)
     found["roc"] = {s.name: _curve(logit[s.keep], images.malignant[s.keep]) for s in sets[:7]}
     tell(f"{arm.name}: shortcuts")
-    found["shortcuts"] = shortcuts(arm, images, run, logit, test)
+    found["shortcuts"] = shortcuts(images, run, logit, test)
     tell(f"{arm.name}: evidence maps")
     found["heat"] = heat(arm, images, read, test & (images.malignant == 1), run)
     found["gate"] = gate(arm, images, read, run, foreign)
@@ -334,7 +339,7 @@ def _curve(score: Floats, truth: NDArray[np.int64]) -> dict[str, list[float]]:
     return {"false": [round(float(v), 4) for v in false], "true": [round(float(v), 4) for v in true]}
 
 
-def shortcuts(arm: Arm, images: data.Images, run: Run, logit: Floats, keep: Flags) -> dict[str, Any]:
+def shortcuts(images: data.Images, run: Run, logit: Floats, keep: Flags) -> dict[str, Any]:
     """What the reader still knows when the lesion cannot be seen, and what its box alone tells."""
     chosen = images.pick(keep)
     truth, patients = chosen.malignant, chosen.patients
