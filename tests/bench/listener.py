@@ -114,7 +114,7 @@ def _running(command: Sequence[str], port: int) -> Iterator[None]:
 
 
 def _wait_for(port: int, server: subprocess.Popen[bytes]) -> None:
-    for _ in range(300):
+    for _ in range(1200):
         if server.poll() is not None:
             raise RuntimeError(f"The server ended with {server.returncode}.")
         try:
