@@ -96,9 +96,7 @@ def _certificates(folder: Path) -> tuple[Path, Path, Path]:
             .not_valid_before(now - datetime.timedelta(days=1))
             .not_valid_after(now + datetime.timedelta(days=1))
             .add_extension(x509.BasicConstraints(ca=name == "root", path_length=None), critical=True)
-            .add_extension(
-                x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False
-            )
+            .add_extension(x509.SubjectAlternativeName([here]), critical=False)
             .sign(root, hashes.SHA256())
         )
         path = folder / f"{name}.pem"
