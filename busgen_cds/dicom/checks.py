@@ -259,7 +259,7 @@ def _finding(finding: Finding, what: str) -> None:
     _require(finding.birads in birads.CATEGORIES, f"{what}: category {finding.birads!r} is not ours to state")
     _probability(finding.probability, f"{what}: the probability")
     points = np.asarray(finding.contour, float)
-    _require(points.ndim == 2 and len(points) >= 3, f"{what} has no contour")
+    _require(points.ndim == 2 and len(np.unique(points, axis=0)) >= 3, f"{what} has no contour")
     size = (finding.source.columns, finding.source.rows)
     inside = (points >= -_EDGE).all() and (points <= np.asarray(size) - _EDGE).all()
     _require(bool(inside), f"{what}: the contour leaves its image of {size[0]} x {size[1]} pixels")

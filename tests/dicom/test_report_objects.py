@@ -9,15 +9,16 @@ from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from pydicom import dcmread
 from pydicom.uid import UID
 
+from busgen_cds import birads
 from busgen_cds.dicom import checks, headers, objects, templates
 from busgen_cds.errors import Misconfigured
 from busgen_cds.result import BundleName
-from busgen_cds.study import Header, Patient
+from busgen_cds.study import Header, Patient, Region, Study
 from tests.dicom import answers
 
 STUDY = answers.breast()
@@ -175,6 +176,46 @@ def test_times_are_the_ones_given() -> None:
         ds = dcmread(io.BytesIO(it.data))
         assert (ds.SeriesDate, ds.SeriesTime) == ("20270304", "050607")
         assert (ds.StudyDate, ds.StudyTime) == (study.header.study_date, study.header.study_time)
+
+
+centres = st.tuples(st.floats(0, 1), st.floats(0, 1))
+outlines = st.lists(centres, min_size=3, max_size=12, unique=True)
+
+
+@settings(max_examples=12, deadline=None, phases=[Phase.explicit, Phase.generate])
+@given(
+    shapes=st.lists(st.tuples(outlines, st.floats(0, 1), st.sampled_from(birads.CATEGORIES)), min_size=1, max_size=7),
+    spaced=st.booleans(),
+    frames=st.integers(1, 3),
+)
+def test_any_finding_within_its_image_can_be_shown(shapes: list[Any], spaced: bool, frames: int) -> None:
+    """Outlines of any shape and place inside the image, in any number, give objects that pass every check."""
+    study = _small(frames, spaced)
+    found = []
+    for i, (points, probability, category) in enumerate(shapes):
+        frame = study.frames[i % len(study.frames)]
+        contour = tuple((x * (frame.source.columns - 1), y * (frame.source.rows - 1)) for x, y in points)
+        found.append(answers.finding(frame, category, probability=probability, contour=contour))
+    made = objects.render(study, answers.assessed(study, *found), rendered_at=answers.AT)
+    assert {it.kind for it in made} == {"sr", "sc", "seg", "pr"}
+
+
+def _small(frames: int, spaced: bool) -> Study:
+    """A corner of a known study's frames: quick to draw on."""
+    region = Region(4, 4, 120, 90)
+    shrunk = [
+        dataclasses.replace(
+            STUDY.frames[0],
+            source=dataclasses.replace(
+                STUDY.frames[0].source, rows=96, columns=128, frame_number=n, frame_count=frames
+            ),
+            grey=STUDY.frames[0].grey[100:196, 200:328],
+            region=region,
+            spacing=answers.SPACING if spaced else None,
+        )
+        for n in range(1, frames + 1)
+    ]
+    return dataclasses.replace(STUDY, frames=tuple(shrunk))
 
 
 def test_a_result_is_rendered_quickly() -> None:
