@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from pydicom.dataset import Dataset, FileMetaDataset
@@ -29,6 +30,7 @@ from pydicom.uid import ExplicitVRLittleEndian, UltrasoundImageStorage, generate
 IMAGES, ROWS, COLUMNS = 200, 600, 800
 ENVIRONMENT = {**os.environ, "TCP_NODELAY": "1"}
 
+Rates = dict[str, dict[int, list[float]]]
 Server = Callable[[Path], "contextmanager[int]"]
 
 
@@ -141,8 +143,8 @@ def ours(folder: Path) -> Iterator[int]:
 SERVERS: dict[str, Server] = {"storescp": storescp, "orthanc": orthanc, "ours": ours}
 
 
-def measure(rounds: int, associations: Sequence[int], names: Sequence[str]) -> dict[str, dict[int, list[float]]]:
-    rates: dict[str, dict[int, list[float]]] = {name: {n: [] for n in associations} for name in names}
+def measure(rounds: int, associations: Sequence[int], names: Sequence[str]) -> Rates:
+    rates: Rates = {name: {n: [] for n in associations} for name in names}
     with tempfile.TemporaryDirectory(prefix="busgen-bench-") as base:
         files = make_images(Path(base) / "images")
         for n in associations:
@@ -164,11 +166,32 @@ def main() -> None:
     arguments.add_argument("--json", type=Path)
     chosen = arguments.parse_args()
     rates = measure(chosen.rounds, chosen.associations, chosen.servers)
-    for n in chosen.associations:
-        for name in chosen.servers:
-            print(n, name, [round(r) for r in rates[name][n]])
+    report = summary(rates)
+    print(table(report))
     if chosen.json:
-        chosen.json.write_text(json.dumps(rates, indent=1))
+        chosen.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def summary(rates: Rates) -> dict[str, object]:
+    best = {name: {n: max(rounds) for n, rounds in by.items()} for name, by in rates.items()}
+    ratios = {
+        f"ours / {name}": {n: round(best["ours"][n] / rate, 2) for n, rate in by.items()}
+        for name, by in best.items()
+        if name != "ours" and "ours" in best
+    }
+    return {"images": IMAGES, "bytes": ROWS * COLUMNS, "images per second": rates, "ratios of the best": ratios}
+
+
+def table(report: dict[str, Any]) -> str:
+    lines = [f"{IMAGES} images of {ROWS * COLUMNS / 1e6:.2f} MB; images per second, each round"]
+    for name, by in report["images per second"].items():
+        for n, rounds in by.items():
+            lines.append(
+                f"{name:>18}  {n} association{'s' if n > 1 else ' '}  {'  '.join(f'{r:6.0f}' for r in rounds)}"
+            )
+    for name, by in report["ratios of the best"].items():
+        lines.append(f"{name:>18}  " + "  ".join(f"{ratio:.2f} on {n}" for n, ratio in by.items()))
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
