@@ -94,7 +94,11 @@ class Desk:
             if status in _ACTIVE:
                 return "under way"
             if status == _GAVE_UP:
-                self.jobs.park(study_ref, "Reading it ended the worker again and again: look at its log, then retry.")
+                self.jobs.park(
+                    study_ref,
+                    evidence_digest,
+                    "Reading it ended the worker again and again: look at its log, then retry.",
+                )
                 return "parked"
             job = self.jobs.another_attempt(job)
         return "parked"
@@ -119,17 +123,13 @@ class Desk:
         return len(ended)
 
     def read_later(self, study_ref: str, evidence_digest: str, after_seconds: float) -> None:
-        """Another attempt at the same evidence, after a transient failure."""
-        job = self.jobs.another_attempt(self.jobs.begin(study_ref, evidence_digest))
-        self._ask(
-            READ_STUDY,
-            READ,
-            _name_of_reading(job),
-            study_ref,
-            evidence_digest,
-            job.attempt,
-            delay_seconds=after_seconds,
-        )
+        """Another attempt at the same evidence, after a transient failure; newer evidence has a job of its own."""
+        job = self.jobs.of(study_ref)
+        if job is None or job.evidence_digest != evidence_digest:
+            return
+        again = self.jobs.another_attempt(job)
+        name = _name_of_reading(again)
+        self._ask(READ_STUDY, READ, name, study_ref, evidence_digest, again.attempt, delay_seconds=after_seconds)
 
     # -- delivering --------------------------------------------------------------------------------------------------
 

@@ -189,8 +189,7 @@ def _answer_failure(services: Services, study_ref: str, digest: str, attempt: in
     if failure.then == "again" and attempt < services.waits.reading_tries:
         desk_in_use().read_later(study_ref, digest, services.waits.retry(attempt - 1))
         return "again"
-    services.jobs.begin(study_ref, digest)
-    services.jobs.park(study_ref, failure.reason)
+    services.jobs.park(study_ref, digest, failure.reason)
     return "parked"
 
 

@@ -88,9 +88,11 @@ class Jobs:
             session.execute(sa.update(_jobs).where(as_seen).values(**again))
             return _job(session, job.study_ref) or job
 
-    def park(self, study_ref: str, reason: str) -> None:
+    def park(self, study_ref: str, evidence_digest: str, reason: str) -> None:
+        """It will not go on by itself. A job for newer evidence is another one, and goes on."""
         with self._database.transaction() as session:
             mine = (_jobs.c.study_ref == study_ref) & (_jobs.c.state == "waiting")
+            mine &= _jobs.c.evidence_digest == evidence_digest
             parked = sa.update(_jobs).where(mine).values(state="parked", reason=reason, since=self._clock())
             if _changed(session, parked):
                 audit.record(session, audit.Act("study parked", "reading", reason, study_ref), at=self._clock())

@@ -154,6 +154,19 @@ def test_what_fails_for_a_while_is_tried_again(tmp_path: Path) -> None:
         assert len(it.reports(study)) == 1
 
 
+def test_a_late_image_while_the_first_attempt_fails(tmp_path: Path) -> None:
+    """A failure of reading older evidence neither parks nor overwrites the job of newer evidence."""
+    with hospital.opened(tmp_path) as it:
+        lesion = a_lesion(2)
+        it.reader.fails, it.reader.seconds = [Misconfigured("wrong")], 1.0
+        study = it.scanner.sends(lesion[:1])
+        it.waits_until(lambda: it.reader.reads)
+        it.scanner.sends(lesion[1:])
+        it.settles()
+        assert it.parked(study) == ""
+        assert it.result(study).entry.images_read == 2
+
+
 def test_what_is_misconfigured_is_parked(tmp_path: Path) -> None:
     """A wrong setting parks the study and names the setting; once it is right, `retry` takes the study on."""
     with hospital.opened(tmp_path) as it:
