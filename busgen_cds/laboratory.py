@@ -172,7 +172,7 @@ def evaluate(
         run = export.open_graph(arm.files["reader.onnx"])
         mine = evaluate.unseen(images, arm.sources)
         with console.status(f"{name}: reading {len(mine)} images"):
-            read = calibrate.cached(run, mine.image, cache / f"readings-{opened.digest[:16]}.npz")
+            read = calibrate.cached(run, mine.image, cache / f"readings-{arm.manifest.files['reader.onnx'][:16]}.npz")
         studies = (int(patients), int(frames)) if name == "shipped" else (0, 0)
         found = evaluate.measure(arm, mine, read, run, foreign, console.print, studies)
         found |= evaluate.cost(arm)
