@@ -19,7 +19,7 @@ from busgen_cds.result import Answer, Assessed, Declined, Finding
 from busgen_cds.store.people import Person
 from busgen_cds.store.worklist import Row
 from busgen_cds.study import NotForUs
-from busgen_cds.web import auth, reading
+from busgen_cds.web import auth
 from busgen_cds.web.front import Front
 from busgen_cds.web.site import NOT_A_DIAGNOSIS, Slide
 
@@ -123,12 +123,12 @@ def _base(request: Request) -> str:
 def _of_kind(front: Front, kind: str, row: Row) -> list[dict[str, Any]]:
     if kind == "ImagingStudy":
         return [_imaging_study(front, row)]
-    opened = reading.open_study(front, row.study_ref)
-    if opened.shown is None:
+    shown = front.results.show(row.result_ref) if row.result_ref else None
+    if shown is None:
         return []
-    answer, patient = opened.shown.answer, opened.shown.patient_id
+    answer, patient = shown.answer, shown.patient_id
     observations = _observations(row, answer, patient)
-    return [_report(row, answer, patient, observations, opened)] if kind == "DiagnosticReport" else observations
+    return [_report(row, answer, patient, observations)] if kind == "DiagnosticReport" else observations
 
 
 def _imaging_study(front: Front, row: Row) -> dict[str, Any]:
@@ -167,9 +167,7 @@ def _series(uid: str, slides: list[Slide]) -> dict[str, Any]:
     }
 
 
-def _report(
-    row: Row, answer: Any, patient: str, observations: list[dict[str, Any]], opened: reading.Open
-) -> dict[str, Any]:
+def _report(row: Row, answer: Any, patient: str, observations: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "resourceType": "DiagnosticReport",
         "id": f"{row.study_ref}-{row.revision}",

@@ -9,6 +9,7 @@ Rules:
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, cast
 
@@ -36,7 +37,6 @@ class Open:
     shown: Shown | None
     history: tuple[Entry, ...]
     words: dict[int, Said]
-    slides: tuple[Slide, ...]
 
     @property
     def findings(self) -> tuple[Finding, ...]:
@@ -59,7 +59,7 @@ def open_study(front: Front, study_ref: str, revision: int | None = None) -> Ope
         raise HTTPException(404, f"This study has no revision {revision}.")
     shown = front.results.show(entry.ref) if entry else None
     words = front.cases.last_words(study_ref, wanted)
-    return Open(row, shown, history, words, tuple(front.site.slides(study_ref)))
+    return Open(row, shown, history, words)
 
 
 @router.get("/studies/{study_ref}")
@@ -180,8 +180,10 @@ def _heat(answer: Any, finding: int) -> HeatMap | None:
 def _values(front: Front, opened: Open, person: Person) -> dict[str, Any]:
     answer = opened.shown.answer if opened.shown else None
     patient = front.worklist.patients([opened.row.study_ref]).get(opened.row.study_ref, "")
+    slides = front.site.slides(opened.row.study_ref)
     return {
         "open": opened,
+        "slides": slides,
         "row": opened.row,
         "answer": answer,
         "assessed": answer if isinstance(answer, Assessed) else None,
@@ -194,7 +196,7 @@ def _values(front: Front, opened: Open, person: Person) -> dict[str, Any]:
         "categories": READER_CATEGORIES,
         "may_say": person.may("studies.confirm") and opened.current and opened.shown is not None,
         "viewer": _viewer(front.site, opened),
-        "data": _data(opened),
+        "data": _data(opened, slides),
     }
 
 
@@ -213,14 +215,14 @@ def _viewer(site: Site, opened: Open) -> str:
     return site.viewer.format(study_uid=opened.shown.study_uid, series_uid=series)
 
 
-def _data(opened: Open) -> dict[str, Any]:
+def _data(opened: Open, slides: Sequence[Slide]) -> dict[str, Any]:
     """What the page's script draws."""
     answer = opened.shown.answer if opened.shown else None
     key = answer.key_image if isinstance(answer, Assessed) else None
     return {
         "study": opened.row.study_ref,
         "revision": opened.shown.entry.revision if opened.shown else 0,
-        "slides": [_slide(slide) for slide in opened.slides],
+        "slides": [_slide(slide) for slide in slides],
         "findings": [_finding(n, each, opened.words.get(n)) for n, each in enumerate(opened.findings, 1)],
         "key": {"uid": key.sop_instance_uid, "frame": key.frame_number} if key else None,
         "keyHeat": _region(_heat(answer, WHOLE_STUDY)),

@@ -200,8 +200,8 @@ class Practice:
             return NotForUs(uid, says.not_for_us, left)
         common: dict[str, Any] = {
             "study_uid": uid, "evidence_digest": f"{revision:064d}", "bundle": BUNDLE,
-            "provider": "CPUExecutionProvider", "revision": revision, "images_read": sum(s.source.frame_count for s in slides), "not_analysed": left,
-            "seconds": 1.4,
+            "provider": "CPUExecutionProvider", "revision": revision, "not_analysed": left, "seconds": 1.4,
+            "images_read": sum(s.source.frame_count for s in slides),
         }  # fmt: skip
         if says.declines:
             return Declined(**common, reason=says.declines)
