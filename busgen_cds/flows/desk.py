@@ -8,6 +8,7 @@ Rules:
 
 from __future__ import annotations
 
+import json
 import sqlite3
 import threading
 from collections.abc import Iterable
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
-from dbos import DBOS, DBOSClient, DebouncerClient
+from dbos import DBOS, DBOSClient, DebouncerClient, Serializer
 
 from busgen_cds.dicom.commitment import Commitment
 from busgen_cds.flows.services import Waits
@@ -33,6 +34,24 @@ WAKES_EARLY = 1.2  # DBOS looks once a second for delayed workflows; the rest of
 
 _ACTIVE = ("PENDING", "ENQUEUED", "DELAYED")
 _GAVE_UP = "MAX_RECOVERY_ATTEMPTS_EXCEEDED"
+
+
+class Words(Serializer):
+    """References and short words as JSON: nothing in the engine's database is ever run when it is read."""
+
+    def serialize(self, data: Any) -> str:
+        if isinstance(data, BaseException):
+            return json.dumps({"raised": type(data).__name__})  # its message may quote a name
+        return json.dumps(data)
+
+    def deserialize(self, serialized_data: str) -> Any:
+        data = json.loads(serialized_data)
+        if isinstance(data, dict) and set(data) == {"raised"}:
+            return RuntimeError(data["raised"])
+        return data
+
+    def name(self) -> str:
+        return "busgen_cds_words"
 
 
 def prepare(url: str) -> None:
@@ -58,7 +77,9 @@ class Desk:
     def client(self) -> DBOSClient:
         with self._opening:
             if self._client is None:
-                self._client = DBOSClient(system_database_url=self._url, application_name=APPLICATION)
+                self._client = DBOSClient(
+                    system_database_url=self._url, application_name=APPLICATION, serializer=Words()
+                )
             return self._client
 
     def close(self) -> None:

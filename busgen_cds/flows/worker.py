@@ -81,6 +81,7 @@ class Worker:
             "log_level": "WARNING",  # below it stands the advertisement
             "enable_otlp": False,
             "run_migrations": False,
+            "serializer": desk.Words(),
         }
         DBOS(config=config)
         DBOS.launch()

@@ -212,6 +212,21 @@ def test_what_is_not_to_be_trusted_stops_the_engine(tmp_path: Path) -> None:
         assert it.reader.reads == [bad, good]
 
 
+def test_the_engine_holds_references_and_words(tmp_path: Path) -> None:
+    """Nothing in the workflow engine's database names a patient, a study or an image, and nothing there is code."""
+    with hospital.opened(tmp_path) as it:
+        lesion = a_lesion(2, patient_id="PATIENT-7")
+        study = it.scanner.sends(lesion)
+        it.settles()
+        names = [study, "PATIENT-7", *(str(hospital.opened_file(data).SOPInstanceUID) for data in lesion)]
+        names += [each.sop_instance_uid for each in it.result(study).objects]
+        workflows = it.desk.client.list_workflows()
+        assert {each.name for each in workflows} == {"complete_study", "read_study", "deliver_result"}
+    held = b"".join(file.read_bytes() for file in tmp_path.glob("workflows.sqlite*"))
+    assert not [name for name in names if name.encode() in held]
+    assert b"py_pickle" not in held
+
+
 def test_received_while_nobody_worked(tmp_path: Path) -> None:
     """What was received and not read is put to work by the sweep of the next worker."""
     with hospital.opened(tmp_path) as it:
