@@ -29,7 +29,7 @@ SERVER = ROOT / "deploy" / "orthanc" / "ohif" / "ohif.py"
 FOLDER = ROOT / "build" / "ohif" / "3.13.2"  # ignored by git; filled once
 CHROMIUM = "/usr/bin/chromium"
 SIZE = {"width": 1280, "height": 800}
-PATIENCE = 90_000  # milliseconds; a busy machine without a graphics card takes half a minute to start the viewer
+PATIENCE = 240_000  # milliseconds; a busy machine without a graphics card takes minutes to start the viewer
 
 # Asked of the viewer's own libraries in the page.
 IMAGE_ID = "() => window.cornerstone?.getEnabledElements()[0]?.viewport.getCurrentImageId?.()"
