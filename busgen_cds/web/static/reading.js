@@ -157,7 +157,7 @@
     const maps = shown.heat ? numbers.map(veil).filter(Boolean) : [];
     caption.hidden = !shown.heat;
     caption.textContent = maps.length
-      ? "Evidence for the score, not the extent of a lesion"
+      ? "Evidence for the score, not the extent of a lesion · warm: malignant, cold: benign"
       : "No evidence map for this frame";
     view.dataset.veiled = String(maps.some((map) => map.picture));
     for (const { region, picture: ready } of maps) {
