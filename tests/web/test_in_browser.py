@@ -230,7 +230,8 @@ def test_the_image(practice: Practice, reader: Person) -> None:
     assert page.is_hidden("#caption")
     reader.presses("h")
     page.wait_for_selector("#view[data-veiled=true]")
-    assert reader.sees("#caption") == "Evidence for the score, not the extent of a lesion · warm: malignant, cold: benign"
+    said = "Evidence for the score, not the extent of a lesion · warm: malignant, cold: benign"
+    assert reader.sees("#caption") == said
     reader.presses("+")
     page.wait_for_selector("#how:has-text('125 %')")
     box = page.locator("#view").bounding_box()
