@@ -68,7 +68,7 @@ class Product:
                 env=os.environ | {"TCP_NODELAY": "1"},
                 start_new_session=True,
             )
-        wait_for(self._answers, 120, f"the product did not start; see {self.log}")
+        wait_for(self._answers, 240, f"the product did not start; see {self.log}")
 
     def stop(self) -> None:
         self._end(signal.SIGTERM)
