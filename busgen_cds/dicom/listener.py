@@ -47,6 +47,7 @@ _BELL_SECONDS = 0.2
 _RECEIVE_BUFFER = 1 << 20
 _SCHED_SETATTR = {"x86_64": 314, "aarch64": 274}
 _SLICE_NANOSECONDS = 100_000
+_START_SECONDS = 120
 _SWITCH_SECONDS = 0.0005  # between threads: each holds the interpreter for a moment, and waits for the disk for many
 
 
@@ -312,12 +313,16 @@ class _Processes:
 
     def __init__(self, config: ListenerConfig, desk: DeskOf, places: _Counted, helper: Helper | None) -> None:
         self._config, self._desk, self._places = config, desk, places
-        self._stopping = False
+        self._stopping, self._started = False, False
         self._assistant = _Assistant(helper) if helper else None
         self._lock = threading.Lock()
         self._members = [self._hire() for _ in range(config.processes)]
         for member in self._members:
-            member.ready.wait(60)
+            member.ready.wait(_START_SECONDS)
+        if any(member.ready.is_set() and not member.served for member in self._members):
+            self.stop(0)
+            raise Misconfigured("A receiving process could not start: the reason stands in its message before this.")
+        self._started = True
 
     def take(self, connection: socket.socket, address: str, secure: bool) -> None:
         with connection:  # the process has its own copy; ours must not keep a dead process's peers waiting
@@ -354,10 +359,10 @@ class _Processes:
 
     def _attend(self, member: _Member) -> None:
         member.attend()
-        if self._stopping:
+        member.ready.set()
+        if self._stopping or not self._started:
             return
         log.error("A listener process ended unasked; another takes its place")
-        member.ready.set()
         time.sleep(0.5)
         with self._lock:
             if not self._stopping:
@@ -396,7 +401,8 @@ class _Member:
     """One process, and the line to it: a JSON object per packet."""
 
     def __init__(self, process: Any, line: socket.socket, places: _Counted) -> None:
-        self.process, self.ready = process, threading.Event()
+        self.process, self.ready = process, threading.Event()  # ready: it serves, or it has ended
+        self.served = False
         self._line, self._places = line, places
         self._taken: Counter[str] = Counter()
         self._waiting = 0
@@ -442,6 +448,7 @@ class _Member:
         elif "gone" in message:
             self._waiting -= 1
         elif "ready" in message:
+            self.served = True
             self.ready.set()
 
 

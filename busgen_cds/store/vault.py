@@ -148,13 +148,23 @@ def _decrypt(cipher: AESGCM, sealed: bytes, about: bytes) -> bytes:
         raise Untrusted("A sealed entry does not open: it was altered, or it belongs elsewhere.") from None
 
 
+Buffers = tuple[memoryview, memoryview]  # for a plain chunk, and for it sealed
+
+_SPARE: list[Buffers] = []  # fresh ones cost more than sealing an image
+_MOST_SPARE = 16
+
+
+def _new_buffers() -> Buffers:
+    return memoryview(bytearray(CHUNK)), memoryview(bytearray(CHUNK + _TAG))
+
+
 class SealedWriter:
     """Writes a sealed file, a chunk at a time; nothing plain is ever on the disk."""
 
     def __init__(self, path: Path, key: bytes) -> None:
         self._header = _MAGIC + struct.pack(">II", CHUNK, 0)
         self._cipher = AESGCM(key)
-        self._chunk, self._sealed = memoryview(bytearray(CHUNK)), memoryview(bytearray(CHUNK + _TAG))
+        self._chunk, self._sealed = _SPARE.pop() if _SPARE else _new_buffers()
         self._filled = 0
         self._number = 0
         self.descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -179,6 +189,8 @@ class SealedWriter:
         if self.descriptor >= 0:
             os.close(self.descriptor)
             self.descriptor = -1
+            if len(_SPARE) < _MOST_SPARE:
+                _SPARE.append((self._chunk, self._sealed))
 
     def _put(self, last: bool) -> None:
         sealed = self._sealed[: self._filled + _TAG]

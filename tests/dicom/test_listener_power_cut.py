@@ -17,6 +17,9 @@ from pathlib import Path
 
 import pytest
 
+from busgen_cds.dicom.association import Desk
+from busgen_cds.dicom.listener import Listener, ListenerConfig
+from busgen_cds.errors import Misconfigured
 from busgen_cds.store import audit
 from tests.dicom import raw
 from tests.dicom.raw import Hung, Scanner
@@ -142,6 +145,18 @@ def test_the_clerk_and_a_process_are_killed(tmp_path: Path) -> None:
             time.sleep(0.5)
         assert len(acknowledged) == 2 * IMAGES // ASSOCIATIONS
     _found(tmp_path, acknowledged)
+
+
+def _no_desk() -> Desk:
+    raise Misconfigured("no key")
+
+
+@pytest.mark.timeout(200)
+def test_a_process_that_cannot_start() -> None:
+    """A listener whose processes cannot start says so at once, and listens to nobody."""
+    listener = Listener(ListenerConfig(host="127.0.0.1", port=0, processes=1), _no_desk)
+    with pytest.raises(Misconfigured, match="could not start"):
+        listener.start()
 
 
 def _children(parent: int) -> list[int]:
