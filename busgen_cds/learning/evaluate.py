@@ -31,6 +31,7 @@ Floats = NDArray[np.float64]
 Flags = NDArray[np.bool_]
 BANDS = birads.CATEGORIES
 FRAMES = (1, 5, 20, 300)
+LEAST_SPECIFICITY = 0.10  # of single frames, below which a gap between frame counts says nothing
 SHOWN = 0.05  # logits: an image with less positive evidence than this has no map to judge
 
 
@@ -500,7 +501,8 @@ def frames(arm: Arm, images: data.Images, run: Run, patients: int, count: int) -
                 "sensitivity": figures.sensitivity(score - shift, truth, border),
             }
         gaps.append(found[f"{n} corrected"]["specificity"])
-    found["specificity gap"] = max(gaps) - min(gaps)
+    # a reader that calls every single frame suspicious has nothing left to lose: no gap is no proof then
+    found["specificity gap"] = max(gaps) - min(gaps) if gaps[0] >= LEAST_SPECIFICITY else math.nan
     return found
 
 

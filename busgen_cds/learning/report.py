@@ -101,7 +101,7 @@ def _page(document: Document) -> Iterable[str]:
     yield "# The reader, measured"
     yield ""
     yield "Made by `busgen-cds evaluate`; the numbers are in `reader.json`. Intervals are 95 % bootstraps over patients,"
-    yield "shares near 0 or 1 have Wilson intervals. Test splits were read once the recipe had been chosen on `val`."
+    yield "shares near 0 or 1 have Wilson intervals. What was chosen on `val`, and what was looked at when, is in `log-reader.md`."
     yield ""
     yield "## Bars"
     yield from _table(
