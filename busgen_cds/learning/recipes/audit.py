@@ -20,7 +20,7 @@ import torch
 from busgen_cds.errors import Misconfigured
 from busgen_cds.learning import conditions, data, embed, privacy, questions, release
 from busgen_cds.learning.embed import Embedding
-from busgen_cds.learning.generator import Generator, Sampling
+from busgen_cds.learning.generator import Generator, Sampling, batches
 from busgen_cds.learning.privacy import PrivacyReport, Seen, Suspect
 from busgen_cds.learning.questions import Odds
 from busgen_cds.learning.recipes import encode, synthesise
@@ -128,21 +128,22 @@ def overtrained(suspect: Suspect, settings: Settings, tell: Callable[[str], None
 
 def _asked_again(makes: Generator, known: Seen, settings: Settings) -> embed.Squares:
     """What the control makes when asked for its members' own labels and boxes."""
-    images = []
-    for i in range(settings.control_images):
-        example = known.examples[i % len(known.examples)]
-        labels = example.labels
-        one = makes.sample(
-            pathology=labels["pathology"] or "benign",  # type: ignore[arg-type]
-            device=labels.get("device"),
-            birads=labels.get("birads"),
-            box=example.box,
-            seed=settings.seed + 17,
-            first=i,
-            sampling=Sampling(),
-        )[0]
-        images.append(one.image)
-    return embed.squares(images, makes.card.size)
+    asked = [known.examples[i % len(known.examples)] for i in range(settings.control_images)]
+    wishes = [
+        makes.wish(
+            i,
+            settings.seed + 17,
+            example.labels["pathology"] or "benign",  # type: ignore[arg-type]
+            example.labels.get("birads"),
+            example.labels.get("device"),
+            example.box,
+        )
+        for i, example in enumerate(asked)
+    ]
+    made = [
+        one for part in batches(wishes, settings.batch) for one in makes.grant(part, settings.seed + 17, Sampling())
+    ]
+    return embed.squares([one.image for one in made], makes.card.size)
 
 
 def build_filter(makes: Generator, root: Path, cache: Path | None = None) -> release.Filter:
