@@ -487,7 +487,7 @@ def share(
     images: Annotated[Path, typer.Option(help="Generated images.")],
     report: Annotated[Path, typer.Option(help="Their privacy report (JSON).")],
     out: Annotated[Path, typer.Option(help="Folder of the package; must be empty.")],
-    name: str,
+    name: Annotated[str, typer.Option(help="What the package is called.")],
     creator: Annotated[str, typer.Option(help="Who answers for the package.")],
     key: Annotated[Path, typer.Option(help="Ed25519 private key (PEM) that signs it.")],
     version: str = "1",
