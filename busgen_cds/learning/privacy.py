@@ -5,6 +5,7 @@ Rules:
   to remember (the positive control), and on copies planted among the generated images.
 - An attack that does not catch its control concludes nothing: "not measured" is not "safe".
 - Distances are judged against those of held-out patients' images to the training images, never against zero.
+- Too few images conclude nothing either.
 - A copy may be mirrored or cropped; two embeddings at least are looked at, one of which the release filter never used.
 """
 
@@ -33,6 +34,7 @@ MOST_MEMBERSHIP = 0.55
 CONTROL_MEMBERSHIP = 0.75
 MOST_FOUND = 0.05  # members found at 1 % false alarms
 FOUND = 0.9  # share of planted copies that an attack must find to conclude anything
+FEWEST = 100  # generated images: fewer say nothing of a rate of one in a hundred
 PLANTED = "control: copies planted among the generated images"
 OVERTRAINED = "control: an over-trained generator"
 Verdict = Literal["passes", "fails", "concludes nothing"]
@@ -96,7 +98,7 @@ def copies(suspect: Suspect, control: Suspect | None, embeddings: Mapping[str, E
         rate, planted = copy_rate(suspect, embedding), planted_rate(suspect, embedding)
         back = copied_rate(suspect, embedding)
         leaky = copied_rate(control, embedding) if control is not None else _nothing()
-        caught = planted.value >= FOUND
+        caught = planted.value >= FOUND and len(suspect.generated) >= FEWEST
         found += [
             _finding(f"copies ({name})", "share of generated images", rate, planted, MOST_COPIES, caught, PLANTED),
             _finding(f"copied ({name})", "share of training images", back, leaky, MOST_COPIES, caught, OVERTRAINED),

@@ -60,6 +60,11 @@ def test_a_blind_attack_concludes_nothing() -> None:
     assert verdicts["copies (blind)"] == "concludes nothing" and verdicts["copies (pixels)"] == "fails"
 
 
+def test_few_images_conclude_nothing() -> None:
+    """No copy among four images is no evidence that there are none."""
+    assert privacy.copies(suspect(noise(4, 2)), None, {"pixels": embed.raw})[0].verdict == "concludes nothing"
+
+
 def test_membership_without_a_control_concludes_nothing(tmp_path: Path) -> None:
     """An AUC near a half proves nothing where no over-trained generator was caught by the same attack."""
     found = membership(tmp_path)
