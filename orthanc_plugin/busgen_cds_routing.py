@@ -611,7 +611,7 @@ $('#study').live('pagebeforecreate', function () {
     .text('Send to the AI');
   var view = $('<a>').attr({'id': 'busgen-view', 'data-role': 'button', 'href': '#', 'target': '_blank',
     'data-icon': 'search'}).text('Open in the viewer');
-  badge.add(send).add(view).insertBefore($('#study-delete').closest('ul, div, a').first());
+  badge.add(send).add(view).insertBefore($('#study-delete').closest('ul'));
   send.click(function (event) {
     event.preventDefault();
     $.ajax({url: '../busgen-cds/studies/' + $.mobile.pageData.uuid + '/send', type: 'POST', data: '',

@@ -34,6 +34,7 @@ def test_badge_and_buttons(tmp_path: Path) -> None:
             badge.filter(has_text=re.compile(text)).wait_for(timeout=ohif.PATIENCE)
 
         says("not for the AI: no rule matches")
+        assert page.locator("li #busgen-badge, li #busgen-send").count() == 0, "inside the row that deletes the study"
         page.get_by_text("Send to the AI").click()
         says(r"waiting for the AI since \d\d:\d\d")
         clinic.is_sent(identifier, images=1)
