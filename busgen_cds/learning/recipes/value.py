@@ -206,6 +206,7 @@ def judge(trained: Path, root: Path, settings: Settings, cache: Path | None) -> 
     return found
 
 
+@torch.inference_mode()
 def read(trained: Path, images: embed.Squares) -> NDArray[np.float64]:
     network = embed.read_reader(trained)
     found = []
