@@ -7,6 +7,8 @@ argument and is named beside the figure.
 from __future__ import annotations
 
 import json
+import math
+import os
 import platform
 import time
 from collections.abc import Callable
@@ -98,6 +100,12 @@ def _example(size: int, latent: int, seed: int) -> encode.Encoded:
     return encode.Encoded(noise, conditions.outline_planes(mask).half().numpy(), labels, box, 100, 100)
 
 
+def _processor() -> str:
+    """Which processor, how much of it, and how busy it was with other work."""
+    busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else math.nan
+    return f"{torch.get_num_threads()} threads of {_cpu()}, load {busy:.1f}"
+
+
 def _cpu() -> str:
     for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
         if line.startswith("model name"):
@@ -120,7 +128,8 @@ def write(measured: list[Speeds], assumed: Assumed, out: Path) -> Path:
         "# What pre-training on 3.5 million images takes",
         "",
         "Written by `busgen-cds cost`. Speeds were measured on this machine by the recipes' own steps; hours, money and"
-        " storage are multiplied out from them.",
+        " storage are multiplied out from them. The autoencoder's speed is that of its first part, without perceptual loss"
+        " and critic. What else the machine did meanwhile lowers the figures: its load then stands in the table.",
         "",
         f"Assumed: {assumed.images:,} images; the flow sees each {assumed.epochs:g} times; the autoencoder sees"
         f" {assumed.coder_images:,} images; {assumed.devices} devices work at {assumed.efficiency:.0%} of"
