@@ -72,9 +72,7 @@ def measure(preset: str, seconds: float = 20.0, tell: Callable[[str], None] = la
         lambda: pretrain.step(run, run.network, images, vocabulary, coding.size, learning, team), seconds
     )
     cells = (coding.size // FACTOR) ** 2
-    name = (
-        torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} threads of {_cpu()}"
-    )
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
     return Speeds(preset, name, coder, encoding, flow, cells * learning.shape.planes * LATENT_BYTES)
 
 
@@ -128,8 +126,9 @@ def write(measured: list[Speeds], assumed: Assumed, out: Path) -> Path:
         "# What pre-training on 3.5 million images takes",
         "",
         "Written by `busgen-cds cost`. Speeds were measured on this machine by the recipes' own steps; hours, money and"
-        " storage are multiplied out from them. The autoencoder's speed is that of its first part, without perceptual loss"
-        " and critic. What else the machine did meanwhile lowers the figures: its load then stands in the table.",
+        " storage are multiplied out from them. The autoencoder's speed is that of its first part, without"
+        " perceptual loss and critic. What else the machine did meanwhile lowers the figures: its load"
+        " then stands in the table.",
         "",
         f"Assumed: {assumed.images:,} images; the flow sees each {assumed.epochs:g} times; the autoencoder sees"
         f" {assumed.coder_images:,} images; {assumed.devices} devices work at {assumed.efficiency:.0%} of"
