@@ -106,6 +106,10 @@ class Desk:
         if self.jobs.engine_stopped() is not None:
             return "engine stopped"
         job = self.jobs.begin(study_ref, evidence_digest)
+        known = self.results.current(study_ref)
+        if known and known.evidence_digest == evidence_digest:  # kept between the asking and the beginning
+            self.jobs.drop(study_ref, evidence_digest)
+            return "read already"
         while job.state != "parked":
             name = _name_of_reading(job)
             status = self._status(name)

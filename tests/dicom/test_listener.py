@@ -208,6 +208,7 @@ def test_a_cine_of_two_gigabytes_passes_through_little_memory(tmp_path: Path) ->
 
     with reception(tmp_path, config()) as (listener, inbox), Scanner(listener.port).associate() as scanner:
         scanner.socket.settimeout(300)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew: other tests have needed more
         before = _resident()
         scanner.send_store("1.2.3.4", pieces())
         assert scanner.response()[0] == 0

@@ -277,7 +277,7 @@ def test_retry_what_is_stuck(practice: Practice, operator: Person, reader: Perso
     """What is stuck stands out with its reason; an operator takes it up again, once; a reader has no such button."""
     ref = a_study(practice, None)
     practice.jobs.begin(ref, "e")
-    practice.jobs.park(ref, "The disk was full.")
+    practice.jobs.park(ref, "e", "The disk was full.")
     reader.goes("/worklist?view=stuck")
     assert "The disk was full." in reader.sees(f"tr:has(a[href='/studies/{ref}'])")
     assert reader.page.query_selector("button.retry") is None

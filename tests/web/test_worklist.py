@@ -45,7 +45,7 @@ def test_order(own: Practice) -> None:
     ]
     parked = study(own, 8)
     own.jobs.begin(parked, "e")
-    own.jobs.park(parked, "it cannot be read")
+    own.jobs.park(parked, "e", "it cannot be read")
     wanted.insert(4, parked)
     worklist = Worklist(own.database, own.vault)
     worklist.catch_up()
