@@ -19,21 +19,20 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import hmac
-import io
 import re
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.uid import UID, ExplicitVRLittleEndian
+from pydicom.dataset import Dataset
+from pydicom.uid import UID
 
 from busgen_cds import geometry, pixels
 from busgen_cds.birads import Code
 from busgen_cds.dicom import colour, decode, region, relevance
 from busgen_cds.dicom.decode import Frames, Opened, Unreadable
-from busgen_cds.dicom.headers import code, put
-from busgen_cds.dicom.identity import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION, PRODUCT
+from busgen_cds.dicom.headers import code, part10, put
+from busgen_cds.dicom.identity import PRODUCT
 from busgen_cds.dicom.relevance import text
 from busgen_cds.errors import Misconfigured
 from busgen_cds.study import Frame, Region, Scanner, Spacing
@@ -130,7 +129,7 @@ def instance(data: bytes, pseudonyms: Pseudonyms) -> bytes | NotCleaned:
         return NotCleaned(str(reason))
     except Exception as broken:  # noqa: BLE001 - a damaged file may raise anything; its text may hold a name
         return NotCleaned(f"damaged: it cannot be read ({type(broken).__name__})")
-    return _write(_dataset(opened, regions, cleaned, pseudonyms))
+    return part10(_dataset(opened, regions, cleaned, pseudonyms))
 
 
 Tissue = tuple[Region, Spacing | None]
@@ -303,19 +302,6 @@ def _set_pixels(ds: Dataset, frames: Grey) -> None:
     put(ds, "PixelRepresentation", 0)
     data = frames.tobytes()
     ds.add_new("PixelData", "OB", data + b"\0" * (len(data) % 2))
-
-
-def _write(ds: Dataset) -> bytes:
-    meta = FileMetaDataset()
-    meta.MediaStorageSOPClassUID = ds.SOPClassUID
-    meta.MediaStorageSOPInstanceUID = ds.SOPInstanceUID
-    meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    meta.ImplementationClassUID = UID(IMPLEMENTATION_CLASS_UID)
-    meta.ImplementationVersionName = IMPLEMENTATION_VERSION
-    ds.file_meta = meta
-    buffer = io.BytesIO()
-    ds.save_as(buffer, enforce_file_format=True)
-    return buffer.getvalue()
 
 
 def _known_device(maker: str, model: str) -> tuple[str, str]:

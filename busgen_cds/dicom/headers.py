@@ -142,23 +142,14 @@ def by_series(sources: Iterable[Source], list_keyword: str) -> list[Dataset]:
 
 
 def finish(ds: Dataset, kind: Kind) -> Rendered:
-    """The whole Part 10 file."""
-    meta = FileMetaDataset()
-    meta.MediaStorageSOPClassUID = ds.SOPClassUID
-    meta.MediaStorageSOPInstanceUID = ds.SOPInstanceUID
-    meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    meta.ImplementationClassUID = UID(IMPLEMENTATION_CLASS_UID)
-    meta.ImplementationVersionName = IMPLEMENTATION_VERSION
-    ds.file_meta = meta
-    buffer = io.BytesIO()
-    ds.save_as(buffer, enforce_file_format=True)
+    """The whole Part 10 file, and how it is addressed."""
     return Rendered(
         kind,
         str(ds.SOPClassUID),
         str(ds.SOPInstanceUID),
         str(ds.SeriesInstanceUID),
         str(ExplicitVRLittleEndian),
-        buffer.getvalue(),
+        part10(ds),
     )
 
 
@@ -182,3 +173,17 @@ def identifier(value: Any) -> str:
 def cut(text: str, length: int) -> str:
     """Free text as DICOM allows it: no line breaks, no backslash (it would part values), not too long."""
     return re.sub(r"[\\\s]+", " ", text).strip()[:length].strip()
+
+
+def part10(ds: Dataset) -> bytes:
+    """A data set as a file of ours: explicit little endian, under our implementation's name."""
+    meta = FileMetaDataset()
+    meta.MediaStorageSOPClassUID = ds.SOPClassUID
+    meta.MediaStorageSOPInstanceUID = ds.SOPInstanceUID
+    meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    meta.ImplementationClassUID = UID(IMPLEMENTATION_CLASS_UID)
+    meta.ImplementationVersionName = IMPLEMENTATION_VERSION
+    ds.file_meta = meta
+    buffer = io.BytesIO()
+    ds.save_as(buffer, enforce_file_format=True)
+    return buffer.getvalue()

@@ -90,19 +90,6 @@ class Sendable(Protocol):
     def data(self) -> bytes: ...
 
 
-class Object(Protocol):
-    """Anything that can be sent: a whole Part 10 file, and how it is addressed."""
-
-    @property
-    def sop_class_uid(self) -> str: ...
-    @property
-    def sop_instance_uid(self) -> str: ...
-    @property
-    def transfer_syntax_uid(self) -> str: ...
-    @property
-    def data(self) -> bytes: ...
-
-
 class Sent(NamedTuple):
     sop_instance_uid: str
     stored: bool
