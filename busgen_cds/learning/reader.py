@@ -35,6 +35,7 @@ class Shape:
     width: int = 96
     floor: float = 0.05  # share of the attention that is spread over the whole image
     quantum: float = 4.0  # cells of mask below which attention falls back to the whole image
+    blind: float = 0.0  # share of training steps that weigh the whole image alike, so that evidence holds without a mask
     tasks: dict[str, int] = field(default_factory=lambda: {"birads": 4})  # further head → outputs
 
 
@@ -171,13 +172,17 @@ class Reader(nn.Module):
         p4, p8, p16 = self._decode(taps)
         mask = self.mask(p4).float()
         features = [self.drop(f) for f in (self.tower[0](p8), self.tower[1](p16), taps[-1])]
-        attention = attend(mask.detach(), self.shape.floor, self.shape.quantum)
+        attention = attend(mask.detach(), self._floor(), self.shape.quantum)
         answers = {name: head(features, attention) for name, head in self.heads.items()}
         score, heat = answers.pop(MALIGNANCY)
         embedding = torch.cat([taps[2].mean((2, 3)), taps[3].mean((2, 3))], 1).float()
         presence = self._presence(features[-1], mask.detach())
         tasks = {name: logits for name, (logits, _) in answers.items()}
         return Reading(mask, presence, score[:, 0], heat[:, 0], embedding, tasks)
+
+    def _floor(self) -> float:
+        blind = self.training and self.shape.blind > 0 and float(torch.rand(())) < self.shape.blind
+        return 1.0 if blind else self.shape.floor
 
     def _decode(self, taps: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """A feature pyramid (Lin et al. 2017): from stride 32 down to stride 4."""
