@@ -35,7 +35,7 @@ class Shape:
     width: int = 96
     floor: float = 0.05  # share of the attention that is spread over the whole image
     quantum: float = 4.0  # cells of mask below which attention falls back to the whole image
-    blind: float = 0.0  # share of training steps that weigh the whole image alike, so that evidence holds without a mask
+    blind: float = 0.0  # share of training steps whose attention is even, so that evidence holds without a mask
     tasks: dict[str, int] = field(default_factory=lambda: {"birads": 4})  # further head → outputs
 
 
