@@ -296,6 +296,9 @@ def pretrain(
     steps: Annotated[int | None, typer.Option(help="Steps of the flow.")] = None,
     coder: Annotated[Path | None, typer.Option(help="A finished autoencoder, instead of training one.")] = None,
     shards: Annotated[Path | None, typer.Option(help="Shards encoded before, instead of encoding.")] = None,
+    start: Annotated[
+        Path | None, typer.Option(help="A generator to go on from; with its autoencoder as --coder.")
+    ] = None,
     threads: int = 0,
     cache: Cache = Path("runs/cache"),
 ) -> None:
@@ -324,7 +327,7 @@ def pretrain(
         if not (shards / encode.INDEX).exists():
             parts = encode.Settings(sources=coding.sources, size=coding.size, seed=seed)
             encode.encode(_root(data), coder, shards, parts, tell=_parts("shards"))
-    made = recipe.train(shards, coder, out, learning, _steps("flow", learning.steps))
+    made = recipe.train(shards, coder, out, learning, _steps("flow", learning.steps), start)
     console.print(f"Trained: {made}")
 
 

@@ -17,7 +17,7 @@ from busgen_cds.learning import conditions, networks, processes, questions
 from busgen_cds.learning.conditions import Vocabulary
 from busgen_cds.learning.generator import Generator, Sampling
 from busgen_cds.learning.recipes import autoencode, encode, pretrain
-from tests.learning.generators import CODER, NETWORKS, SIZE, data_folder
+from tests.learning.generators import CODER, NETWORKS, SIZE, data_folder, tiny
 
 CODING = autoencode.Settings(
     sources=("painted",), size=SIZE, steps=6, batch=4, adversarial_from=0.5, report_every=3, save_every=2, shape=CODER
@@ -141,6 +141,21 @@ def test_training_stops_when_held_out_images_gain_nothing(made: Path, tmp_path: 
     """With a rate of zero nothing is gained, and the run ends after `patience` reports."""
     still = pretrain.Settings(**{**vars(LEARNING), "rate": 0.0, "steps": 30, "patience": 2})
     assert [report.step for report in learn(made, tmp_path, still)] == [3, 6, 9]
+
+
+def test_a_wider_generator_starts_from_a_narrower_one(made: Path, tmp_path: Path) -> None:
+    """Everything known is taken over, label by label; a label that is new keeps its own first embedding."""
+    other = tiny()
+    wider = Vocabulary({"pathology": ("benign", "malignant", "normal"), "birads": ("3",), "device": ("B", "C")})
+    run = pretrain.begin(LEARNING, wider, processes.Team())
+    fresh = run.network.conditions.tables["device"].weight[2].clone()  # type: ignore[union-attr, index]
+    pretrain.begin_from(run, wider, other, LEARNING)
+    ours, theirs = (n.conditions.tables for n in (run.average, other.network))
+    assert torch.equal(ours["pathology"].weight[3], theirs["pathology"].weight[1])  # type: ignore[union-attr, index]
+    assert torch.equal(run.network.conditions.tables["device"].weight[2], fresh)  # type: ignore[union-attr, index]
+    assert torch.equal(run.network.net.out[2].conv.weight, other.network.net.out[2].conv.weight)  # type: ignore[union-attr]
+    with pytest.raises(Misconfigured, match="another shape"):
+        pretrain.begin_from(run, wider, tiny("transformer"), LEARNING)
 
 
 # Shards

@@ -96,21 +96,34 @@ class Run:
 
 
 def train(
-    shards: Path, coder: Path, out: Path, settings: Settings, tell: Callable[[Report], None] = lambda report: None
+    shards: Path,
+    coder: Path,
+    out: Path,
+    settings: Settings,
+    tell: Callable[[Report], None] = lambda report: None,
+    start: Path | None = None,
 ) -> Path:
-    """Train or go on; returns the folder of the finished generator."""
+    """Train or go on; returns the folder of the finished generator. `start`: another one with that autoencoder."""
     with processes.team() as team:
-        _train(shards, coder, out, settings, tell, team)
+        _train(shards, coder, out, settings, tell, team, start)
     return out / RESULT
 
 
 def _train(
-    shards: Path, coder: Path, out: Path, settings: Settings, tell: Callable[[Report], None], team: processes.Team
+    shards: Path,
+    coder: Path,
+    out: Path,
+    settings: Settings,
+    tell: Callable[[Report], None],
+    team: processes.Team,
+    start: Path | None,
 ) -> None:
     # Set up.
     index = encode.read_index(shards)
     vocabulary = Vocabulary(index.labels)
     run = begin(settings, vocabulary, team)
+    if start is not None:
+        begin_from(run, vocabulary, Generator.load(start), settings)
     images = Stream(index.of("train"), settings.seed, team, settings.batch)
     judges = held_out_questions(index, vocabulary, settings)
 
@@ -198,6 +211,23 @@ def begin(settings: Settings, vocabulary: Vocabulary, team: processes.Team) -> R
         network.parameters(), settings.rate, betas=(0.9, 0.99), weight_decay=settings.decay, foreach=True
     )
     return Run(network, average, optimiser)
+
+
+@torch.no_grad()
+def begin_from(run: Run, vocabulary: Vocabulary, other: Generator, settings: Settings) -> None:
+    """Take over another generator's flow; a label that it does not know keeps its own first embedding."""
+    if other.card.network != settings.shape:
+        raise Misconfigured("The generator to start from has another shape of network: train with its settings.")
+    for network in (run.network, run.average):
+        own = {id(table.weight) for table in network.conditions.tables.values()}
+        for name, parameter in network.named_parameters():
+            if id(parameter) not in own:
+                parameter.copy_(other.network.get_parameter(name))
+        for condition, theirs in other.network.conditions.tables.items():
+            known = ("", *other.card.vocabulary.names[condition])
+            for i, label in enumerate(("", *vocabulary.names.get(condition, ()))):
+                if condition in vocabulary.names and label in known:
+                    network.conditions.tables[condition].weight[i] = theirs.weight[known.index(label)]  # type: ignore[index, operator]
 
 
 def step(
