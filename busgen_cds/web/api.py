@@ -235,7 +235,7 @@ class MadeToken(TokenOut):
 
 
 _PROBLEMS: dict[int | str, dict[str, Any]] = {
-    status: {"model": Problem} for status in (400, 401, 403, 404, 409, 422, 429, 503)
+    status: {"model": Problem} for status in (400, 401, 403, 404, 405, 409, 413, 422, 429, 502, 503)
 }
 router = APIRouter(responses=_PROBLEMS)
 
@@ -406,7 +406,11 @@ def verify(request: Request, person: Person = auth.caller("audit.read")) -> Verd
 
 
 @router.get(
-    "/acts/export", tags=["audit"], summary="All of it as NDJSON (audit.read)", response_class=StreamingResponse
+    "/acts/export",
+    tags=["audit"],
+    summary="All of it as NDJSON (audit.read)",
+    response_class=StreamingResponse,
+    responses={200: {"content": {"application/x-ndjson": {"schema": {"type": "string"}}}}},
 )
 def export(request: Request, person: Person = auth.caller("audit.read")) -> StreamingResponse:
     front = auth.front_of(request)

@@ -40,7 +40,17 @@ class _Json(JSONResponse):
     media_type = MEDIA
 
 
-router = APIRouter(tags=["fhir"], default_response_class=_Json)
+def _described(description: str, resource: str = "") -> dict[str, Any]:
+    kind = {"const": resource} if resource else {"type": "string"}
+    schema = {"type": "object", "required": ["resourceType"], "properties": {"resourceType": kind}}
+    return {"description": description, "content": {MEDIA: {"schema": schema}}}
+
+
+_PROBLEMS: dict[int | str, dict[str, Any]] = {
+    status: _described("Why not, as an OperationOutcome.", "OperationOutcome")
+    for status in (400, 401, 403, 404, 405, 409, 413, 422, 429, 502, 503)
+}
+router = APIRouter(tags=["fhir"], default_response_class=_Json, responses=_PROBLEMS)
 
 
 def outcome(status: int, message: str) -> dict[str, Any]:
@@ -48,7 +58,7 @@ def outcome(status: int, message: str) -> dict[str, Any]:
     return {"resourceType": "OperationOutcome", "issue": [issue]}
 
 
-@router.get("/metadata", summary="CapabilityStatement")
+@router.get("/metadata", summary="CapabilityStatement", responses={200: _described("It.", "CapabilityStatement")})
 def metadata(request: Request) -> dict[str, Any]:
     site = auth.front_of(request).site
     interactions = [{"code": "read"}, {"code": "search-type"}]
@@ -73,7 +83,7 @@ _PARAMETERS = [
 ]
 
 
-@router.get("/{kind}", summary="Search (studies.read)")
+@router.get("/{kind}", summary="Search (studies.read)", responses={200: _described("What was found.", "Bundle")})
 def search(
     request: Request,
     kind: str,
@@ -99,7 +109,7 @@ def search(
     return bundle
 
 
-@router.get("/{kind}/{ref}", summary="Read (studies.read)")
+@router.get("/{kind}/{ref}", summary="Read (studies.read)", responses={200: _described("It.")})
 def read(request: Request, kind: str, ref: str, person: Person = auth.caller("studies.read")) -> dict[str, Any]:
     front = auth.front_of(request)
     _known(kind)
