@@ -537,6 +537,9 @@ def fidelity(
     data: Data = None,
     init: ImageNet = None,
     reader: ReaderRun = None,
+    inception: Annotated[
+        Path | None, typer.Option(help="Inception as TorchScript, called with return_features=True, for the usual FID.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Where the page, the figures and the picture go.")] = Path("docs/results"),
     most: Annotated[int, typer.Option(help="Images of each side at most.")] = 600,
     judge_steps: int = 150,
@@ -548,7 +551,8 @@ def fidelity(
     from busgen_cds.learning.recipes import fidelity_report as recipe
 
     makes = _generator(generator)
-    embeddings = {k: v for k, v in embed.at_hand(makes.coder, init, reader).items() if k in ("imagenet", "reader")}
+    known = embed.at_hand(makes.coder, init, reader, inception)
+    embeddings = {name: known[name] for name in known if name not in ("latent", "pixels")}
     settings = recipe.Settings(images=most, judging=fidelity_.Judging(steps=judge_steps, size=makes.card.size))
     segment = recipe.segmenter(reader) if reader else None
     found = recipe.measure(makes, _root(data), images, embeddings, settings, init, segment, cache, console.print)

@@ -90,9 +90,23 @@ def reader(run: Path) -> Embedding:
     return _batched(embed, network)
 
 
+def inception(path: Path) -> Embedding:
+    """Inception of ImageNet as TorchScript, as the Fréchet distance is usually told: (N, 3, S, S) bytes → (N, D)."""
+    try:
+        network = torch.jit.load(str(path), map_location="cpu").eval()  # type: ignore[no-untyped-call]
+    except (RuntimeError, ValueError) as broken:
+        raise Misconfigured(f"{path} cannot be read as a TorchScript network: {str(broken)[:120]}") from broken
+
+    def embed(images: Tensor) -> Tensor:
+        features: Tensor = network((images * 255).round().to(torch.uint8).expand(-1, 3, -1, -1), return_features=True)
+        return features.flatten(1)
+
+    return _batched(embed, network)
+
+
 def _batched(embed: Callable[[Tensor], Tensor], network: nn.Module) -> Embedding:
     def whole(images: Squares) -> Vectors:
-        device = next(network.parameters()).device
+        device = next(iter(network.parameters()), torch.empty(0)).device
         found = []
         with torch.inference_mode():
             for i in range(0, len(images), BATCH):
@@ -103,13 +117,17 @@ def _batched(embed: Callable[[Tensor], Tensor], network: nn.Module) -> Embedding
     return whole
 
 
-def at_hand(coder: Autoencoder, init: Path | None, reader_run: Path | None) -> dict[str, Embedding]:
+def at_hand(
+    coder: Autoencoder, init: Path | None, reader_run: Path | None, inception_file: Path | None = None
+) -> dict[str, Embedding]:
     """Every embedding whose weights were named."""
     found: dict[str, Embedding] = {"latent": latent(coder), "pixels": raw}
     if init is not None:
         found["imagenet"] = imagenet(init)
     if reader_run is not None:
         found["reader"] = reader(reader_run)
+    if inception_file is not None:
+        found["inception"] = inception(inception_file)
     return found
 
 

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from busgen_cds.errors import Misconfigured
-from busgen_cds.learning import data, fidelity
+from busgen_cds.learning import data, embed, fidelity
 from busgen_cds.learning.fidelity import Judging
 from busgen_cds.learning.recipes import cost, fidelity_report, segmentation, synthesise, value
 from busgen_cds.learning.recipes.value import Arm, Run, Settings
@@ -57,6 +58,24 @@ def test_real_against_real_has_a_ratio_near_one() -> None:
     near = fidelity.compare(real, patients, fresh, raw)["frechet (mean and spread)"]
     far = fidelity.compare(real, patients, fresh + 60, raw)["frechet (mean and spread)"]
     assert 0.2 < near["ratio"] < 3 and far["ratio"] > 20
+
+
+class Averages(torch.nn.Module):
+    """A stand-in with the calling form of the usual Inception file: bytes in colour in, features out."""
+
+    def forward(self, images: torch.Tensor, return_features: bool = False) -> torch.Tensor:
+        return images.float().mean((2, 3)) if return_features else images.float()
+
+
+def test_an_inception_network_of_the_user_s_is_one_more_encoder(tmp_path: Path) -> None:
+    """A TorchScript file takes part as it is: it is given colour bytes and its features are used; no other."""
+    torch.jit.script(Averages()).save(str(tmp_path / "inception.pt"))  # type: ignore[no-untyped-call]
+    images = speckle(5, seed=3)
+    found = embed.inception(tmp_path / "inception.pt")(images)
+    assert found.shape == (5, 3) and np.allclose(found[:, 0], images.reshape(5, -1).mean(1))
+    (tmp_path / "text.pt").write_text("not a network")
+    with pytest.raises(Misconfigured, match="TorchScript"):
+        embed.inception(tmp_path / "text.pt")
 
 
 # The judge

@@ -251,10 +251,13 @@ def _page(found: dict[str, Any]) -> list[str]:
         "",
         f"{pace['images_per_second']:.1f} images/s in {pace['steps']} steps on {pace['threads']} threads.",
         "",
-        "Inception weights were not at hand; the encoders are those named in the tables.",
-        "",
+        *([] if _inception(found) else ["Inception weights were not at hand (`--inception`); see the tables.", ""]),
     ]
     return lines
+
+
+def _inception(found: dict[str, Any]) -> bool:
+    return any("inception" in name for name in found["distances"])
 
 
 def _or_not(value: float | None) -> str:
