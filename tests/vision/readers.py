@@ -10,6 +10,7 @@ What the network says of a frame, with brightness in 0..1:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +42,26 @@ def bundle(
     network_bytes: bytes | None = None,
 ) -> Bundle:
     """A real, signed bundle, opened by verifying it."""
+    made = files(network_bytes)
+    key = Ed25519PrivateKey.from_private_bytes(b"a key for tests, 32 bytes long..")
+    Candidate(manifest(made, calibration, thresholds, pooling), made).seal(folder, signing.KeySigner(key))
+    return Bundle.open(folder, signing.Verifier.of((key.public_key(), frozenset({KIND}))))
+
+
+def files(network_bytes: bytes | None = None) -> dict[str, bytes]:
     domain = safetensors.numpy.save(
         {"mean": np.asarray([0.15], np.float32), "whiten": np.asarray([[20.0]], np.float32)}
     )
-    files = {NETWORK: network_bytes or network(), DOMAIN: domain, CARD: b"# A reader for tests\n"}
-    manifest = Manifest(
+    return {NETWORK: network_bytes or network(), DOMAIN: domain, CARD: b"# A reader for tests\n"}
+
+
+def manifest(
+    files: Mapping[str, bytes],
+    calibration: Calibration = CALIBRATION,
+    thresholds: Thresholds = THRESHOLDS,
+    pooling: Pooling = PLAIN,
+) -> Manifest:
+    return Manifest(
         name="tiny",
         version="0.0.1",
         created="2026-01-02",
@@ -56,9 +72,6 @@ def bundle(
         pooling=pooling,
         files={name: signing.digest(data) for name, data in files.items()},
     )
-    key = Ed25519PrivateKey.from_private_bytes(b"a key for tests, 32 bytes long..")
-    Candidate(manifest, files).seal(folder, signing.KeySigner(key))
-    return Bundle.open(folder, signing.Verifier.of((key.public_key(), frozenset({KIND}))))
 
 
 def network(*, without: str = "") -> bytes:
