@@ -47,6 +47,8 @@ def train(
     start: Annotated[Path | None, typer.Option(help="A finished run's checkpoint to go on from.")] = None,
     task: Annotated[list[Path] | None, typer.Option(help="Task files: one more head each.")] = None,
     fold: Annotated[str | None, typer.Option(help="k/n: leave fold k of n patients out (cross-validation).")] = None,
+    generated: Annotated[Path | None, typer.Option(help="Folder of generated images (`generate`).")] = None,
+    share: Annotated[float, typer.Option(help="Of every batch, how much is generated.")] = 0.33,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Another setting, as name=value.")] = None,
     threads: int = 0,
     cache: Cache = Path("runs/cache"),
@@ -60,7 +62,7 @@ def train(
     settings = train_reader.Settings(
         **train_reader.PRESETS[preset]
         | {"sources": tuple(sources.split(",")), "seed": seed, "threads": threads, "fold": _fold(fold)}
-        | {"tasks": tuple(tasks.read(path) for path in task or ())}
+        | {"tasks": tuple(tasks.read(path) for path in task or ()), "generated": share if generated else 0.0}
         | ({"steps": steps} if steps else {})
         | _settings(set_ or [])
     )
@@ -79,7 +81,7 @@ def train(
             progress.update(bar, completed=report.step, now=f"loss {report.loss:.3f}  {report.images_per_second:.0f}/s")
             progress.console.print(f"step {report.step}: {now}")
 
-        path = train_reader.train(_root(data), out, settings, init, start, cache, tell)
+        path = train_reader.train(_root(data), out, settings, init, start, cache, tell, generated)
     console.print(f"Trained: {path}")
 
 

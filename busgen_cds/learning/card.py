@@ -36,6 +36,7 @@ radiologist; it never decides.
 
 ## Trained on
 {data}
+{generated}
 
 No patient of a test split was seen; the code refuses to train otherwise. Near-duplicate images of BUSI stay together.
 Start of training: MobileNetV2 1.0 (ImageNet, Apache-2.0). Input: `pixels` version {pixels}, {size} × {size}.
@@ -79,6 +80,7 @@ def write(
         name=name,
         version=version,
         data="\n".join(_source(source, train) for source in sorted({row.source for row in train.rows})),
+        generated=_generated(settings),
         pixels=pixels.VERSION,
         size=pixels.SIZE,
         devices=_devices(train),
@@ -96,6 +98,13 @@ def _source(source: str, images: Images) -> str:
     classes = ", ".join(f"{counts[name]} {name}" for name in ("normal", "benign", "malignant") if counts[name])
     patients = len({row.patient for row in mine})
     return f"- {LICENCES.get(source, source)}: {len(mine)} images of {patients} patients or groups ({classes})."
+
+
+def _generated(settings: Mapping[str, Any]) -> str:
+    shares = sorted({member.get("settings", {}).get("generated", 0.0) for member in settings.get("members", ())})
+    if not any(shares):
+        return "- No generated image."
+    return "- Generated images: " + ", ".join(f"{share:.0%}" for share in shares) + " of every batch, member by member."
 
 
 def _devices(images: Images) -> str:

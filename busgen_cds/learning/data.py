@@ -11,6 +11,7 @@ Rules:
 from __future__ import annotations
 
 import csv
+import dataclasses
 import hashlib
 import os
 from collections import defaultdict
@@ -29,6 +30,7 @@ PATHOLOGIES = ("normal", "benign", "malignant")
 HELD_OUT = frozenset({"test", "device-adapt", "device-test", "site-adapt", "site-test", "excluded"})
 COLUMNS = ("image", "mask", "source", "patient", "pathology", "split")
 UNKNOWN = -1
+GENERATED = "synthetic"  # the source of images that a generator made
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,22 @@ def read_manifest(root: Path) -> list[Row]:
         raise Misconfigured(f"{path} cannot be read ({error.strerror}).") from error
     _check(rows, root, path)
     return rows
+
+
+def read_generated(folder: Path) -> list[Row]:
+    """The images that a generator made, named where they lie; all of them are for training."""
+    rows = [row for row in read_manifest(folder) if row.source == GENERATED]
+    if not rows:
+        raise Misconfigured(f"{folder} holds no generated images (source {GENERATED!r} of its manifest).")
+    return [
+        dataclasses.replace(
+            row,
+            image=str((folder / row.image).resolve()),
+            mask=str((folder / row.mask).resolve()) if row.mask else "",
+            split="train",
+        )
+        for row in rows
+    ]
 
 
 def _row(record: dict[str, str], line: int) -> Row:
@@ -221,6 +239,15 @@ def balanced(images: Images) -> NDArray[np.float64]:
         share = 0.5 / classes + 0.5 * len(members) / sources[source]
         weight[members] = np.sqrt(sources[source]) * share / len(members)
     return np.asarray(weight / weight.sum())
+
+
+def with_share(weights: NDArray[np.float64], images: Images, source: str, share: float) -> NDArray[np.float64]:
+    """The same chances, but for one source, which has this share of every draw."""
+    mine = np.array([row.source == source for row in images.rows])
+    if not 0 < share < 1 or not mine.any() or mine.all():
+        raise Misconfigured(f"A share of {share:g} of {source} images needs some of them and some others.")
+    scaled = np.where(mine, weights * share / weights[mine].sum(), weights * (1 - share) / weights[~mine].sum())
+    return np.asarray(scaled)
 
 
 def draw(weights: NDArray[np.float64], count: int, seed: int, step: int) -> NDArray[np.int64]:

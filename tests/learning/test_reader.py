@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import replace
 from pathlib import Path
 
@@ -54,6 +55,12 @@ def test_attention_without_a_lesion_is_the_whole_image() -> None:
     """Where no lesion is seen the whole image is weighed alike."""
     attention = attend(torch.full((1, 1, 56, 56), -15.0), floor=0.05, quantum=4.0)
     assert float(attention.max() / attention.min()) < 1.01
+
+
+def test_evidence_is_taught_without_the_outline_now_and_then(reader: Reader) -> None:
+    """With a blind share of one, training weighs the whole image alike; reading never does."""
+    blind = Reader(dataclasses.replace(reader.shape, blind=1.0))
+    assert blind.train()._floor() == 1.0 and blind.eval()._floor() == reader.shape.floor
 
 
 def test_starting_weights_see_grey_as_equal_colours(tmp_path: Path) -> None:

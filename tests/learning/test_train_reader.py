@@ -116,6 +116,24 @@ def test_a_patient_in_two_splits_is_named(tmp_path: Path) -> None:
         data.read_manifest(toys.write(tmp_path, rows))
 
 
+def test_generated_images_have_the_share_that_was_asked_for(root: Path, tmp_path: Path) -> None:
+    """A quarter of what is drawn is generated, the real ones keep their balance, and validation stays real."""
+    made = [row | {"source": data.GENERATED, "patient": f"made {row['patient']}"} for row in toys.records(6)]
+    folder = toys.write(tmp_path / "made", made)
+    told: list[train_reader.Report] = []
+    train_reader.train(root, tmp_path / "run", toys.settings(generated=0.25), tell=told.append, generated=folder)
+    assert set(told[-1].figures) == {"toy auc", "toy dice", "toy presence"}
+    rows = [row for row in data.read_manifest(root) if row.split == "train"] + data.read_generated(folder)
+    images = data.load(root, rows, None, toys.SIZE)
+    weights = data.with_share(data.balanced(images), images, data.GENERATED, 0.25)
+    drawn = [rows[i].source for step in range(400) for i in data.draw(weights, 4, 0, step)]
+    assert drawn.count(data.GENERATED) / len(drawn) == pytest.approx(0.25, abs=0.03)
+    with pytest.raises(Misconfigured, match="needs the folder"):
+        train_reader.train(root, tmp_path / "other", toys.settings(generated=0.25))
+    with pytest.raises(Misconfigured, match="holds no generated images"):
+        data.read_generated(root)
+
+
 def test_one_class_only_is_refused(tmp_path: Path) -> None:
     """An arm that has one class only cannot be trained."""
     rows = [row for row in toys.records() if row["pathology"] != "malignant"]

@@ -24,12 +24,12 @@ import numpy as np
 from PIL import Image
 
 from busgen_cds.errors import Misconfigured
-from busgen_cds.learning import embed, processes, release
+from busgen_cds.learning import data, embed, processes, release
 from busgen_cds.learning.generator import Generator, Sample, Sampling, Wish
 
 MANIFEST = "manifest.csv"
 SUMMARY = "generated.json"
-SOURCE = "synthetic"
+SOURCE = data.GENERATED
 STRIDE = 1 << 20  # candidates that one shard may draw from
 MOST_TRIES = 10  # images made for one released: beyond that the generator copies
 COLUMNS = (

@@ -63,6 +63,7 @@ class Settings:
     save_every: int = 250
     half: bool = True  # bfloat16 arithmetic, float32 weights
     threads: int = 0  # 0: as many as torch likes
+    generated: float = 0.0  # share of every batch that a generator made
     fold: tuple[int, int] | None = None  # (k, n): fold k of n is left out of BUS-BRA's patients
     shape: Shape = field(default_factory=Shape)
     strength: augment.Strength = field(default_factory=augment.Strength)
@@ -91,8 +92,12 @@ def train(
     start: Path | None = None,
     cache: Path | None = None,
     tell: Callable[[Report], None] = lambda report: None,
+    generated: Path | None = None,
 ) -> Path:
-    """Train one arm; returns its checkpoint. `init` is an encoder (npz), `start` another run's checkpoint."""
+    """Train one arm; returns its checkpoint.
+
+    `init` is an encoder (npz), `start` another run's checkpoint, `generated` a folder of generated images.
+    """
     # Set up.
     with _group() as (rank, world):
         if settings.threads:
@@ -101,9 +106,15 @@ def train(
         rows = data.read_manifest(root)
         train_rows, val_rows = choose(rows, settings)
         data.check_arm(train_rows, rows, folds=settings.fold is not None)
+        if settings.generated and generated is None:
+            raise Misconfigured("A share of generated images needs the folder where they lie.")
+        if settings.generated and generated is not None:
+            train_rows = train_rows + data.read_generated(generated)
         images = data.load(root, train_rows, cache, settings.size)
         val = data.load(root, val_rows, cache, settings.size)
         weights = data.balanced(images)
+        if settings.generated:
+            weights = data.with_share(weights, images, data.GENERATED, settings.generated)
         targets = Targets.of(images, settings)
         marks = augment.painted_marks(256, settings.size, settings.seed)
 
