@@ -77,7 +77,7 @@ def reading(chosen: Settings, name: str = "") -> Iterator[app.Site]:
 def showing(chosen: Settings) -> Iterator[Shown]:
     with app.opened_site(chosen) as site:
         code = pages_of.first_code(site)
-        server = web.Server(pages_of.of(site, code), chosen.web.host, chosen.web.port)
+        server = web.Server(pages_of.of(site, code), chosen.web.host, chosen.web.port, chosen.web.proxies)
         thread = threading.Thread(target=server.run, name="pages", daemon=True)
         thread.start()
         while not server.started and thread.is_alive():

@@ -178,6 +178,11 @@ class Settings(BaseSettings):
 
     site: Site
     listener: Listener
+    proxies: tuple[str, ...] = Field(
+        default=(),
+        description="Addresses of the proxies that pass requests on; what only these say of who asks is believed. "
+        "Without them everybody behind a proxy shares one limit of log-ins.",
+    )
     storage: Storage = Storage()
     reader: Reader = Reader()
     study: Study = Study()

@@ -28,6 +28,7 @@ from busgen_cds.web.site import NOT_A_DIAGNOSIS, Site
 
 log = logging.getLogger("busgen_cds.web")
 STATIC = Path(__file__).parent / "static"
+PAGES = (entry, worklist, reading, management, live, machine)  # what is not in the API's description
 
 _DESCRIPTION = f"""{NOT_A_DIAGNOSIS}. Clinical decision support for breast ultrasound.
 
@@ -38,7 +39,8 @@ Studies are named by an opaque reference; names of patients are nowhere in it.""
 _STATUS: dict[type[Exception], int] = {Transient: 503, Misconfigured: 503, Untrusted: 502, Refused: 409, Unfit: 422}
 
 
-def create(site: Site) -> FastAPI:
+def create(site: Site, *, slowest: float = auth.SLOWEST_BODY) -> FastAPI:
+    """`slowest`: how many seconds the body of a request may take."""
     app = FastAPI(
         title="BUSGen-CDS",
         version=site.version,
@@ -50,12 +52,12 @@ def create(site: Site) -> FastAPI:
     )
     app.state.front = Front(site)
     app.state.news = live.News(app.state.front)
-    for part in (entry, worklist, reading, management, live, machine):
+    for part in PAGES:
         app.include_router(part.router, include_in_schema=False)
     app.include_router(api.router, prefix="/api/v1")
     app.include_router(fhir.router, prefix="/fhir/r4")
     app.mount("/static", StaticFiles(directory=STATIC), name="static")
-    app.add_middleware(auth.Guard, secure=site.secure)
+    app.add_middleware(auth.Guard, secure=site.secure, slowest=slowest)
     app.add_exception_handler(auth.LogInFirst, _log_in)
     app.add_exception_handler(StarletteError, _refusal)
     app.add_exception_handler(RequestValidationError, _not_understood)
@@ -91,8 +93,7 @@ async def _ours(request: Request, error: Exception) -> Response:
     response = answer(
         request, 500, f"Something failed here. Nothing was lost; tell your administrator number {number}."
     )
-    for name, value in auth.HEADERS.items():  # outside of the guard
-        response.headers.setdefault(name, value)
+    auth.add_headers(response.headers, request.url.path, auth.front_of(request).site.secure)  # outside of the guard
     return response
 
 

@@ -5,12 +5,16 @@ Rules:
 - Whatever changes something through a cookie must carry the session's form key and come from our own pages.
 - Scripts, styles and pictures come from here alone: nothing inline, nothing from elsewhere, no frames.
 - What shows a study is kept in no cache.
-- Guessing passwords is slow by account (`store.people`) and by address (here); the API is limited by caller.
+- Guessing passwords is slow by account (`store.people`) and by address (here); the API is limited by caller, and who
+  gives no valid token by address.
+- A request is at most 1 MiB, said or counted, and its body is here within half a minute.
 """
 
 from __future__ import annotations
 
+import asyncio
 import secrets
+import time
 from typing import Annotated, Any
 from urllib.parse import quote, urlsplit
 
@@ -18,7 +22,7 @@ from fastapi import Depends, HTTPException, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import MutableHeaders
-from starlette.responses import RedirectResponse, Response
+from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from busgen_cds.store.people import Person, Right
@@ -26,6 +30,7 @@ from busgen_cds.web.front import Front
 
 UNSAFE = frozenset({"POST", "PUT", "PATCH", "DELETE"})
 MOST_BODY = 1 << 20
+SLOWEST_BODY = 30.0  # seconds
 
 POLICY = "; ".join(
     (
@@ -128,12 +133,12 @@ def caller(right: Right | None = None) -> Any:
             person = await run_in_threadpool(front.people.of_token, given.credentials)
         else:
             person = await run_in_threadpool(person_of_cookie, request)
+        if not front.calls.take(person.account.ref if person else address_of(request)):
+            raise HTTPException(429, "Too many calls: wait a moment.", headers={"Retry-After": "5"})
         if person is None:
             raise HTTPException(401, "Give a valid token.", headers={"WWW-Authenticate": "Bearer"})
         if not given:
             await check_form(request, person)
-        if not front.calls.take(person.account.ref):
-            raise HTTPException(429, "Too many calls: wait a moment.", headers={"Retry-After": "5"})
         return await run_in_threadpool(_allowed, request, person, right)
 
     return Depends(find)
@@ -154,37 +159,59 @@ def to_log_in(request: Request) -> Response:
     return RedirectResponse(f"/login?next={quote(wanted)}" if wanted else "/login", 303)
 
 
-class Guard:
-    """Around every request: how much comes in, and the headers of what goes out."""
+def add_headers(headers: MutableHeaders, path: str, secure: bool) -> None:
+    """What every answer carries, whoever gives it."""
+    for name, value in HEADERS.items():
+        headers.setdefault(name, value)
+    if not path.startswith("/static/"):
+        headers.setdefault("Cache-Control", "no-store")
+    if secure:
+        headers["Strict-Transport-Security"] = "max-age=31536000"
 
-    def __init__(self, app: ASGIApp, secure: bool) -> None:
-        self.app, self.secure = app, secure
+
+class Guard:
+    """Around every request: how much comes in, how long that may take, and the headers of what goes out."""
+
+    def __init__(self, app: ASGIApp, secure: bool, slowest: float = SLOWEST_BODY) -> None:
+        self.app, self.secure, self.slowest = app, secure, slowest
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        taken = 0
-
-        async def receive_some() -> Message:
-            nonlocal taken
-            message = await receive()
-            taken += len(message.get("body", b""))
-            if taken > MOST_BODY:
-                raise HTTPException(413, "That is more than is taken here.")
-            return message
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                self._add_headers(MutableHeaders(scope=message), scope["path"])
+                add_headers(MutableHeaders(scope=message), scope["path"], self.secure)
             await send(message)
 
-        await self.app(scope, receive_some, send_with_headers)
+        if _said_length(scope) > MOST_BODY:
+            await PlainTextResponse("That is more than is taken here.", 413)(scope, receive, send_with_headers)
+        else:
+            await self.app(scope, _measured(receive, self.slowest), send_with_headers)
 
-    def _add_headers(self, headers: MutableHeaders, path: str) -> None:
-        for name, value in HEADERS.items():
-            headers.setdefault(name, value)
-        if not path.startswith("/static/"):
-            headers.setdefault("Cache-Control", "no-store")
-        if self.secure:
-            headers["Strict-Transport-Security"] = "max-age=31536000"
+
+def _said_length(scope: Scope) -> int:
+    said = dict(scope["headers"]).get(b"content-length", b"0")
+    return int(said) if said.isdigit() else 0
+
+
+def _measured(receive: Receive, slowest: float) -> Receive:
+    """The same, but no more and no slower than is taken here."""
+    taken, whole, until = 0, False, time.monotonic() + slowest
+
+    async def receive_some() -> Message:
+        nonlocal taken, whole
+        if whole:  # what comes now is only that the other side left
+            return await receive()
+        try:
+            message = await asyncio.wait_for(receive(), max(0.0, until - time.monotonic()))
+        except TimeoutError:
+            raise HTTPException(408, "The request did not arrive in time: send it again.") from None
+        taken += len(message.get("body", b""))
+        whole = not message.get("more_body", False)
+        if taken > MOST_BODY:
+            raise HTTPException(413, "That is more than is taken here.")
+        return message
+
+    return receive_some

@@ -39,6 +39,8 @@ from busgen_cds.store.results import Addressee, Entry, Results
 from busgen_cds.store.vault import Vault
 from busgen_cds.store.worklist import Row, Worklist
 from busgen_cds.study import NotAnalysed, NotForUs, Region, Source
+from busgen_cds.web import auth
+from busgen_cds.web.front import Limit
 from tests import images
 
 SITE_KEY = bytes(range(32))
@@ -282,9 +284,14 @@ def _stand_in(study_ref: str, revision: int) -> tuple[Rendered, ...]:
 
 
 @contextmanager
-def served(site: web.Site) -> Iterator[str]:
+def served(
+    site: web.Site, *, proxies: Sequence[str] = (), log_ins: int = 0, slowest: float = auth.SLOWEST_BODY
+) -> Iterator[str]:
     """The pages on a free port of this machine."""
-    server = web.Server(web.create(site), "127.0.0.1", 0)
+    app = web.create(site, slowest=slowest)
+    if log_ins:
+        app.state.front.log_ins = Limit(log_ins)
+    server = web.Server(app, "127.0.0.1", 0, proxies)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     until = time.monotonic() + 60
