@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from typing import Any
 import schemathesis
 from fastapi import FastAPI
 from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis.errors import Unsatisfiable
 from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
 from schemathesis.core.failures import Failure, FailureGroup
@@ -103,27 +104,21 @@ def explore(
     schema = schemathesis.openapi.from_asgi("/api/v1/openapi.json", app)
     for made in schema.get_all_operations():
         operation = made.ok()
-        for strategy in _strategies(operation, known):
-            _try(strategy, found, headers, examples, start)
+        for strategy in _strategies(operation, headers, known):
+            _try(strategy, found, examples, start)
         tell(f"{operation.method.upper():6} {operation.path}: {found.calls} calls so far")
     return found
 
 
-def _strategies(operation: Any, known: Known) -> Iterator[Any]:
+def _strategies(operation: Any, headers: dict[str, str], known: Known) -> Iterator[Any]:
     names = {each.name for each in operation.path_parameters} - ({"ref"} if "/tokens/" in operation.path else set())
     for mode in (GenerationMode.POSITIVE, GenerationMode.NEGATIVE):
-        if mode is GenerationMode.NEGATIVE and not _can_be_wrong(operation):
-            continue
-        yield operation.as_strategy(generation_mode=mode)
+        yield operation.as_strategy(generation_mode=mode, headers=headers)
         if reached := {name: known[name] for name in names & set(known)}:
-            yield operation.as_strategy(generation_mode=mode, path_parameters=reached)
+            yield operation.as_strategy(generation_mode=mode, headers=headers, path_parameters=reached)
 
 
-def _can_be_wrong(operation: Any) -> bool:
-    return bool(operation.path_parameters or operation.query or operation.body)
-
-
-def _try(strategy: Any, found: Explored, headers: dict[str, str], examples: int, start: int) -> None:
+def _try(strategy: Any, found: Explored, examples: int, start: int) -> None:
     @seed(start)
     @settings(
         max_examples=examples,
@@ -134,7 +129,7 @@ def _try(strategy: Any, found: Explored, headers: dict[str, str], examples: int,
     )
     @given(case=strategy)
     def one(case: Any) -> None:
-        answer = case.call(headers=headers)
+        answer = case.call()
         found.note(case, answer.status_code)
         try:
             case.validate_response(answer, checks=CHECKS)
@@ -142,7 +137,8 @@ def _try(strategy: Any, found: Explored, headers: dict[str, str], examples: int,
             for each in failures.exceptions:
                 found.complain(case, each)
 
-    one()
+    with suppress(Unsatisfiable):  # nothing invalid can be said to a call without parameters
+        one()
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -271,7 +271,7 @@ def test_nothing_makes_the_api_fail(tmp_path: Path) -> None:
         found = explore.explore(web.create(made.site()), headers, known, examples=5, start=1)
     assert not found.wrong, found.wrong
     assert found.operations == {f"{method.upper()} {path}" for method, path in NEEDS}
-    assert found.statuses[200] > 50, "what is explored must reach beyond the door"
+    assert found.statuses[200] > 20, "what is explored must reach beyond the door"
 
 
 # -- the way in
