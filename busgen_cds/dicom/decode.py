@@ -103,6 +103,10 @@ def open_file(data: bytes) -> Opened:
     return Opened(header, data, syntax, *_pixel_data(data, stream.tell(), syntax))
 
 
+def transfer_syntax(data: bytes) -> UID:
+    return _meta(data)[0]
+
+
 def shape(opened: Opened) -> Shape:
     """Judge what the header says of the pixels, before a byte of them is decoded."""
     _check_syntax(opened.syntax)

@@ -1,4 +1,9 @@
-"""DICOM files by their headers: whose study is this, and how would it be sent."""
+"""DICOM files by their headers: whose study is this, and how would it be sent.
+
+Rules:
+- Whatever a damaged or hostile file does to its reader, it ends as a ValueError with a reason, and stops no other file.
+- A deflated file is inflated up to a limit only.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +11,9 @@ import io
 from dataclasses import dataclass, field
 
 import pydicom
-from pydicom.errors import InvalidDicomError
+from pydicom.uid import DeflatedExplicitVRLittleEndian
+
+from busgen_cds.dicom import decode
 
 
 @dataclass(frozen=True)
@@ -38,8 +45,12 @@ def open_file(data: bytes) -> File:
     return File(sop_class, sop_instance, syntax, data)
 
 
-def _header(data: bytes, names: list[str]) -> pydicom.FileDataset:
+def _header(data: bytes, names: list[str]) -> pydicom.Dataset:
     try:
+        if decode.transfer_syntax(data) == DeflatedExplicitVRLittleEndian:
+            return decode.open_file(data).header
         return pydicom.dcmread(io.BytesIO(data), stop_before_pixels=True, specific_tags=names)
-    except (InvalidDicomError, EOFError, OSError, ValueError, KeyError, AttributeError, NotImplementedError) as broken:
+    except decode.Unreadable as reason:
+        raise ValueError(str(reason)) from reason
+    except Exception as broken:
         raise ValueError(f"not a readable DICOM file ({type(broken).__name__})") from broken
