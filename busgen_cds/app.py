@@ -35,15 +35,17 @@ from busgen_cds.flows.services import Services, Waits
 from busgen_cds.flows.worker import Worker
 from busgen_cds.result import Kind, Rendered, Result
 from busgen_cds.settings import Settings
-from busgen_cds.store import audit, database, vault
+from busgen_cds.store import audit, database, shelf, site_keys, vault
 from busgen_cds.store.database import Database
 from busgen_cds.store.inbox import Inbox
 from busgen_cds.store.jobs import Jobs
 from busgen_cds.store.results import Previous, Results
+from busgen_cds.store.shelf import Shelf, Standing
 from busgen_cds.store.vault import Vault
 from busgen_cds.study import Study
 from busgen_cds.vision import assess, engine
 from busgen_cds.vision.engine import Device, Engine
+from busgen_cds.vision.live import Live
 
 RELEASE_KINDS = frozenset({bundle.KIND})
 
@@ -85,18 +87,60 @@ def open_engine(folder: Path | None = None, device: Device = "auto") -> Engine:
     return engine.open(open_bundle(folder), device)
 
 
-def bundle_folder(chosen: Settings) -> Path | None:
-    """The site's bundle; None: the one shipped."""
-    return chosen.path(chosen.reader.bundle) if chosen.reader.bundle else None
+# ---- The shelf
+
+
+def site_verifier(chosen: Settings) -> signing.Verifier:
+    """Trusts release keys and this site's own, each for what it may sign."""
+    trusted = dict(release_verifier().keys)
+    for said, public, kinds in (
+        (chosen.models.night_key, site_keys.night_public, frozenset({bundle.KIND})),
+        (chosen.models.promoter_key, site_keys.promoter_public, frozenset({shelf.KIND})),
+    ):
+        file = chosen.path(said)
+        if file.exists():
+            key = public(file)
+            trusted[signing.key_id(key)] = (key, kinds)
+    return signing.Verifier(trusted)
+
+
+def open_shelf(chosen: Settings, opened: Database) -> Shelf:
+    """The site's shelf. Before its first statement, `reader.bundle` or the shipped bundle is live."""
+
+    def home() -> Path:
+        return chosen.path(chosen.reader.bundle) if chosen.reader.bundle else shipped_bundle()
+
+    folder = chosen.path(chosen.storage.folder) / "shelf"
+    return Shelf(folder, opened, site_verifier(chosen), home=home, release=release_verifier())
+
+
+def night_signer(chosen: Settings) -> signing.KeySigner:
+    """Who puts bundles onto the shelf."""
+    return site_keys.night(chosen.path(chosen.models.night_key))
+
+
+def promote(site: Site, digest: str, *, person: str, passphrase: str) -> Standing:
+    """Make a bundle of the shelf live, if an engine opens it here and the passphrase opens the promoter's key."""
+    signer = site_keys.promoter(site.settings.path(site.settings.models.promoter_key), passphrase)
+    engine.open(site.shelf.open(site.shelf.get(digest).digest), site.settings.reader.device).close()
+    return site.shelf.promote(site.shelf.get(digest).digest, person=person, signer=signer)
+
+
+def roll_back(site: Site, *, person: str, passphrase: str) -> Standing:
+    """Make live again what was live before."""
+    signer = site_keys.promoter(site.settings.path(site.settings.models.promoter_key), passphrase)
+    return site.shelf.roll_back(person=person, signer=signer)
 
 
 @contextmanager
-def opened_engine(chosen: Settings) -> Iterator[Engine]:
-    reader = open_engine(bundle_folder(chosen), chosen.reader.device)
+def live_engine(site: Site) -> Iterator[Live]:
+    """The engine of the live bundle, which follows when another becomes live."""
+    device = site.settings.reader.device
+    live = Live(site.shelf.standing, lambda: engine.open(site.shelf.live(), device))
     try:
-        yield reader
+        yield live
     finally:
-        reader.close()
+        live.close()
 
 
 # ---- Reading files
@@ -129,14 +173,18 @@ class Site:
     results: Results
     jobs: Jobs
     desk: Desk
+    shelf: Shelf
 
     def close(self) -> None:
         self.desk.close()
         self.database.close()
 
 
-def found(folder: Path, text: str) -> Path:
-    """Make a site: its settings file, its key and its database. An existing one is never overwritten."""
+def found(folder: Path, text: str, passphrase: str) -> Path:
+    """Make a site: its settings file, its keys and its database. An existing one is never overwritten.
+
+    The passphrase is the promoter's: without it nothing but the shipped bundle ever becomes live.
+    """
     file = folder / settings.FILE
     if file.exists():
         raise Misconfigured(f"{file} is there already: choose another folder, or change that site's settings.")
@@ -144,6 +192,7 @@ def found(folder: Path, text: str) -> Path:
     file.write_text(text)
     (folder / "keys").mkdir(mode=0o700, exist_ok=True)
     vault.write_key_file(folder / "keys" / "site.key")
+    site_keys.make(folder / "keys", passphrase)
     open_site(settings.read(file)).close()
     return file
 
@@ -166,7 +215,16 @@ def open_site(chosen: Settings) -> Site:
     results, jobs = Results(opened, keys), Jobs(opened)
     workflows = workflows_url(chosen)
     desk.prepare(workflows)
-    return Site(chosen, opened, keys, inbox, results, jobs, Desk(workflows, results, jobs, waits(chosen)))
+    return Site(
+        chosen,
+        opened,
+        keys,
+        inbox,
+        results,
+        jobs,
+        Desk(workflows, results, jobs, waits(chosen)),
+        open_shelf(chosen, opened),
+    )
 
 
 def workflows_url(chosen: Settings) -> str:
@@ -236,7 +294,7 @@ def _listener_tls(chosen: Settings, tls: settings.Tls) -> Tls:
     return Tls(certificate, key, authority, tls.port)
 
 
-def worker(site: Site, reader: Engine, *, name: str = "") -> Worker:
+def worker(site: Site, reader: Live, *, name: str = "") -> Worker:
     return Worker(
         stations(site, reader),
         workflows_url=workflows_url(site.settings),
@@ -245,11 +303,13 @@ def worker(site: Site, reader: Engine, *, name: str = "") -> Worker:
     )
 
 
-def stations(site: Site, reader: Engine) -> Services:
+def stations(site: Site, reader: Live) -> Services:
     chosen = site.settings
 
     def read(study: Study, revision: int) -> Result:
-        return assess.assess(study, reader, prevalence=chosen.site.prevalence, revision=revision, clock=time.monotonic)
+        stated = chosen.site.prevalence
+        with reader.for_a_study() as engine:
+            return assess.assess(study, engine, prevalence=stated, revision=revision, clock=time.monotonic)
 
     profile = _profile(chosen)
 
@@ -264,6 +324,7 @@ def stations(site: Site, reader: Engine) -> Services:
         intake=intake.study,
         assess=read,
         render=render,
+        follow=reader.follow,
         destinations=tuple(_destination(chosen, each) for each in chosen.destinations),
         query_node=node(chosen, chosen.study.query_node) if chosen.study.query_node else None,
         waits=waits(chosen),

@@ -71,14 +71,17 @@ def _disk(chosen: Settings) -> str:
 
 
 def _bundle(chosen: Settings) -> str:
-    opened = app.open_bundle(app.bundle_folder(chosen))
+    with app.opened_site(chosen) as site:
+        opened, number = site.shelf.live(), site.shelf.standing().number
     stated, here = opened.manifest.calibration.prevalence, chosen.site.prevalence
-    return f"{opened.name.name} {opened.name.version}, calibrated at {stated:.0%} cancers, this site states {here:.1%}"
+    since = f"statement {number}" if number else "came with the product"
+    name = f"{opened.name.name} {opened.name.version} ({since})"
+    return f"{name}, calibrated at {stated:.0%} cancers, this site states {here:.1%}"
 
 
 def _engine(chosen: Settings) -> str:
-    with app.opened_engine(chosen) as reader:
-        return f"{reader.provider}, {chosen.reader.device} asked for"
+    with app.opened_site(chosen) as site, app.live_engine(site) as reader:
+        return f"{reader.engine.provider}, {chosen.reader.device} asked for"
 
 
 def _echo(chosen: Settings, name: str) -> str:

@@ -110,11 +110,18 @@ def init(
     name: Annotated[str, typer.Option(help="The site's name.")] = "My site",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 11112,
 ) -> None:
-    """Make a site: settings, key and database."""
+    """Make a site: settings, keys and database."""
     from busgen_cds import app as house
+    from busgen_cds.store import site_keys
 
-    file = house.found(folder, _settings_text(name, prevalence, allow, pacs, port))
+    passphrase = site_keys.new_passphrase()
+    file = house.found(folder, _settings_text(name, prevalence, allow, pacs, port), passphrase)
     out.print(f"Made {file}. Read it, then: busgen-cds check -c {file}", soft_wrap=True)
+    console.print(
+        f"The promoter's passphrase, shown this once: [bold]{passphrase}[/]\nWhoever makes another bundle live is "
+        "asked for it. Keep it away from this machine; `busgen-cds bundle keys --passphrase` changes it.",
+        soft_wrap=True,
+    )
 
 
 def _settings_text(name: str, prevalence: float, allow: Iterable[str], pacs: str, port: int) -> str:

@@ -29,6 +29,7 @@ SENT_AT = datetime(2026, 1, 1, 9, 0)
 IMAGES = ("malignant_1", "malignant_4", "normal_4")
 WIDTH = 640  # pixels, as a scanner would send
 PATIENCE = 120.0  # seconds
+PASSPHRASE = "this-is-a-demonstration"  # the promoter's; a site's own is made by `init`
 PREVALENCE = 0.30  # close to the calibration's: a diagnostic clinic, not a screening site
 
 _SETTINGS = """\
@@ -66,7 +67,7 @@ def run(folder: Path, *, once: bool, tell: Console) -> int:
         shutil.rmtree(folder)
     with archive.opened(folder / "pacs") as pacs:
         text = _SETTINGS.format(prevalence=PREVALENCE, title=pacs.ae_title, host=pacs.host, port=pacs.port)
-        chosen = settings.read(app.found(folder / "site", text))
+        chosen = settings.read(app.found(folder / "site", text, PASSPHRASE))
         tell.print("[bold]1[/]  A site is made, and a PACS stands beside it.")
         with serving.receiving(chosen) as port, serving.reading(chosen) as site, serving.showing(chosen) as shown:
             tell.print("[bold]2[/]  Listener, worker and pages run.")

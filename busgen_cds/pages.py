@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
-from collections.abc import Callable
-from functools import cache
 
 from fastapi import FastAPI
 
@@ -13,9 +12,13 @@ from busgen_cds.app import Site
 from busgen_cds.bundle import CARD, Bundle
 from busgen_cds.dicom import outbox, screen
 from busgen_cds.dicom.screen import Screen
+from busgen_cds.errors import Misconfigured, Untrusted
 from busgen_cds.settings import Settings
 from busgen_cds.store.cases import Cases
 from busgen_cds.store.people import People
+from busgen_cds.store.shelf import Standing
+
+log = logging.getLogger("busgen_cds.pages")
 
 
 def of(site: Site, first_code: str = "") -> FastAPI:
@@ -30,7 +33,7 @@ def of(site: Site, first_code: str = "") -> FastAPI:
             database=site.database,
             vault=site.vault,
             folder=chosen.path(chosen.storage.folder),
-            bundle=cache(lambda: _live(chosen)),
+            bundle=_Live(site),
             slides=shown.slides,
             picture=shown.picture,
             evidence=screen.evidence,
@@ -43,7 +46,7 @@ def of(site: Site, first_code: str = "") -> FastAPI:
                 web.Node(each.name, each.url or f"{each.ae_title}@{each.host}:{each.port}", _gets(chosen, each.name))
                 for each in chosen.nodes
             ),
-            checks=_ready(chosen),
+            checks={"bundle": lambda: site.shelf.live().name.digest[:12]},
             viewer=chosen.web.viewer,
             first_code=first_code,
             secure=chosen.web.secure,
@@ -61,12 +64,28 @@ def _gets(chosen: Settings, name: str) -> str:
     return ", ".join(words[kind] for each in chosen.destinations if each.node == name for kind in each.kinds)
 
 
-def _ready(chosen: Settings) -> dict[str, Callable[[], str]]:
-    return {"bundle": lambda: app.open_bundle(app.bundle_folder(chosen)).name.digest[:12]}
+class _Live:
+    """The live bundle as pages show it: verified when another word is said, and remembered until the next."""
+
+    def __init__(self, site: Site) -> None:
+        self._site = site
+        self._shown: tuple[Standing, web.LiveBundle | None] | None = None
+
+    def __call__(self) -> web.LiveBundle | None:
+        standing = self._site.shelf.standing()
+        if self._shown is None or self._shown[0] != standing:
+            self._shown = standing, self._look()
+        return self._shown[1]
+
+    def _look(self) -> web.LiveBundle | None:
+        try:
+            return _described(self._site.shelf.live(), self._site.settings)
+        except (Untrusted, Misconfigured) as error:
+            log.error("No bundle is live: %s", error)
+            return None
 
 
-def _live(chosen: Settings) -> web.LiveBundle:
-    opened = app.open_bundle(app.bundle_folder(chosen))
+def _described(opened: Bundle, chosen: Settings) -> web.LiveBundle:
     manifest = opened.manifest
     return web.LiveBundle(
         name=opened.name,

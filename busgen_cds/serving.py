@@ -62,11 +62,11 @@ def receiving(chosen: Settings) -> Iterator[int]:
 
 @contextmanager
 def reading(chosen: Settings, name: str = "") -> Iterator[app.Site]:
-    with app.opened_site(chosen) as site, app.opened_engine(chosen) as reader:
+    with app.opened_site(chosen) as site, app.live_engine(site) as reader:
         hand = app.worker(site, reader, name=name)
         hand.start()
-        bundle = reader.bundle
-        log.info("Worker %s reads with %s %s on %s.", hand.name, bundle.name, bundle.version, reader.provider)
+        bundle = reader.engine.bundle
+        log.info("Worker %s reads with %s %s on %s.", hand.name, bundle.name, bundle.version, reader.engine.provider)
         try:
             yield site
         finally:

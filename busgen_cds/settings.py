@@ -101,11 +101,27 @@ class Storage(_Section):
 
 
 class Reader(_Section):
-    bundle: Path | None = Field(default=None, description="Folder of the bundle to use; unset: the one shipped.")
+    bundle: Path | None = Field(
+        default=None,
+        description="Folder of the bundle that reads until one of the shelf is promoted; unset: the one shipped.",
+    )
     device: Literal["auto", "cuda", "cpu"] = Field(
         default="auto", description='"cuda" refuses to start without a GPU; "auto" uses one if it works.'
     )
     jobs: int = Field(default=1, ge=1, description="Studies read at the same time by one worker.")
+
+
+class Models(_Section):
+    night_key: Path = Field(
+        default=Path("keys/night.key"), description="The night job's key: it signs bundles onto the shelf, no more."
+    )
+    promoter_key: Path = Field(
+        default=Path("keys/promoter.key"),
+        description="The promoter's key, behind a passphrase: it says which bundle is live.",
+    )
+    trusted: Path = Field(
+        default=Path("keys/trusted"), description="Public keys (PEM) of other sites whose packages may be imported."
+    )
 
 
 class Study(_Section):
@@ -185,6 +201,7 @@ class Settings(BaseSettings):
     )
     storage: Storage = Storage()
     reader: Reader = Reader()
+    models: Models = Models()
     study: Study = Study()
     objects: Objects = Objects()
     nodes: tuple[Node, ...] = Field(default=(), description="Other systems, by name.")

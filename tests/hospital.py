@@ -181,6 +181,7 @@ def services(
     destinations: Sequence[Destination],
     waits: Waits = QUICK,
     query_node: Any = None,
+    follow: Callable[[], bool] = lambda: False,
 ) -> Services:
     def render(study: Study, result: Result, replaced: Previous | None) -> tuple[Rendered, ...]:
         return objects.render(
@@ -190,7 +191,7 @@ def services(
 
     return Services(
         inbox=site.inbox, results=site.results, jobs=site.jobs, intake=intake.study, assess=reader, render=render,
-        destinations=tuple(destinations), query_node=query_node, waits=waits, clock=site.clock,
+        destinations=tuple(destinations), query_node=query_node, waits=waits, clock=site.clock, follow=follow,
     )  # fmt: skip
 
 
@@ -239,7 +240,7 @@ class Hospital:
         self.worker = Worker(
             services(
                 self.site, reader=self.reader, destinations=self.destinations, waits=self.waits,
-                query_node=self.query_node,
+                query_node=self.query_node, follow=getattr(self.reader, "follow", lambda: False),
             ),
             workflows_url=self.site.workflows_url, name=name,
         )  # fmt: skip

@@ -60,6 +60,7 @@ class Waits:
     heartbeat: float = 3.0
     silent: float = 20.0  # a worker that has not spoken for so long is dead
     sweep: float = 30.0
+    follow: float = 1.0  # how often it is looked which bundle is live
     poll: float = 0.1  # how often queues are looked at: what the quickest study waits for
 
     def retry(self, tries: int) -> float:
@@ -75,6 +76,7 @@ class Services:
     intake: Callable[[Iterable[tuple[bytes, str]]], Study | NotForUs]  # (Part 10 file, its SHA-256) of each instance
     assess: Callable[[Study, int], Result]  # with the revision that it will be
     render: Callable[[Study, Result, Previous | None], tuple[Rendered, ...]]  # and what it replaces
+    follow: Callable[[], bool] = lambda: False  # use the bundle that is live now; True: that is another one
     destinations: tuple[Destination, ...] = ()
     query_node: Node | None = None
     waits: Waits = field(default_factory=Waits)

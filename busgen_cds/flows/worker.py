@@ -5,6 +5,7 @@ Rules:
   is pinned, so that they are recovered into the steps they know.
 - At start, and every half minute, whatever was received and not read is put to work, and whatever is due and not on
   its way is sent.
+- Each worker looks every second which bundle is live, and reads the next study with that one.
 - Each worker says in our own database that it is alive. A living one takes over the workflows of one that fell silent.
 - DBOS keeps its own database, apart from ours, and tells nobody about us: no telemetry, no console, no admin server.
 """
@@ -18,6 +19,7 @@ from datetime import timedelta
 
 from dbos import DBOS, DBOSConfig
 
+from busgen_cds.errors import Misconfigured, Untrusted
 from busgen_cds.flows import deliver, desk, read_study, services
 from busgen_cds.flows.desk import APPLICATION, COMPLETE, DELIVER, READ, SHAPE, Desk
 from busgen_cds.flows.services import Services, log
@@ -48,6 +50,7 @@ class Worker:
         self.stations.jobs.beat(self.name)
         self._repeat("heartbeat", self.stations.waits.heartbeat, self._beat)
         self.sweep(thorough=True)
+        self._repeat("live bundle", self.stations.waits.follow, self._follow)
         self._repeat("sweep", self.stations.waits.sweep, self.sweep)
         self._repeat("housekeeping", _HOUSEKEEPING_SECONDS, self._forget)
 
@@ -117,6 +120,16 @@ class Worker:
         overdue = self.stations.clock() - timedelta(seconds=self.stations.waits.sweep / 3)
         due = self.stations.results.undelivered(due_before=overdue)
         return sum(self.desk.deliver(delivery) == "asked" for delivery in due)
+
+    def _follow(self) -> None:
+        """Read with what is live. A word or a bundle that cannot be used stops the engine until a person resumes it."""
+        if self.stations.jobs.engine_stopped() is not None:
+            return
+        try:
+            self.stations.follow()
+        except (Untrusted, Misconfigured) as error:
+            log.error("The live bundle cannot be used: %s", error)
+            self.stations.jobs.stop_engine(str(error))
 
     def _forget(self) -> None:
         while self.desk.forget(self.stations.clock() - _KEPT):

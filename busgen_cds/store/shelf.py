@@ -19,7 +19,7 @@ import shutil
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -159,7 +159,7 @@ class Standing:
 class Shelf:
     """`verifier` trusts release keys and the night key for bundles, and the promoter's key for statements.
 
-    `home`: the folder of the bundle that is live before anybody says anything.
+    `home`: the folder of the bundle that is live before anybody says anything; `release` trusts who may sign that one.
     """
 
     def __init__(
@@ -169,9 +169,10 @@ class Shelf:
         verifier: signing.Verifier,
         *,
         home: Callable[[], Path] | None = None,
+        release: signing.Verifier | None = None,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
-        self.folder, self.verifier = folder, verifier
+        self.folder, self.verifier, self._release = folder, verifier, release or verifier
         self._database, self._home, self._clock = database, home, clock
         self._seen = 0
         self._lock = threading.Lock()
@@ -277,28 +278,7 @@ class Shelf:
     def live(self) -> Bundle:
         """The bundle that reads, verified step by step."""
         with self._lock:
-            # 1. The largest number ever seen, here or elsewhere, is the one that counts.
-            last = self._last()
-            number = max(last.number, self._seen, self._number_on_file())
-            if number == 0:
-                return self._home_bundle()
-            # 2. The database has that statement: an older one was put back otherwise.
-            if last.number < number:
-                raise Untrusted(
-                    f"The statement of what is live has number {last.number}, but number {number} was seen before: an "
-                    "older database or statement was put back. Promote or roll back again to say what is live now."
-                )
-            # 3. The promoter's key vouches for it, and it says what the shelf says.
-            self._statement(last)
-            state = self._state(last.digest)
-            if state != "live":
-                raise Untrusted(f"Statement {number} names {last.digest[:12]}, which the shelf holds as {state}.")
-            # 4. The bundle it names is the one on the disk, whole and signed.
-            opened = self._opened(last.digest)
-            # 5. The number is remembered everywhere.
-            self._seen = number
-            self._write_file(last.envelope)
-        return opened
+            return self._live()
 
     def standing(self) -> Standing:
         """What the database says at this moment, unverified: cheap enough to ask every second."""
@@ -306,10 +286,14 @@ class Shelf:
         return Standing(last.number, last.digest)
 
     def statements(self) -> list[Statement]:
-        """All that was ever said, oldest first, each verified."""
+        """All that was ever said, oldest first; what does not verify was not said."""
         with self._database.reading() as session:
             rows = list(session.execute(sa.select(_statements).order_by(_statements.c.number)))
-        return [self._statement(_Last(row.number, row.digest, row.envelope)) for row in rows]
+        said = []
+        for row in rows:
+            with suppress(Untrusted):
+                said.append(self._statement(_Last(row.number, row.digest, row.envelope)))
+        return said
 
     def before(self) -> str:
         """The digest that a roll-back would lead to: promotions pile up, and a roll-back takes one away."""
@@ -363,6 +347,30 @@ class Shelf:
 
     # -- inside: saying what is live ---------------------------------------------------------------------------------
 
+    def _live(self) -> Bundle:
+        # 1. The largest number ever seen, here or elsewhere, is the one that counts.
+        last = self._last()
+        number = max(last.number, self._seen, self._number_on_file())
+        if number == 0:
+            return self._home_bundle()
+        # 2. The database has that statement: an older one was put back otherwise.
+        if last.number < number:
+            raise Untrusted(
+                f"The statement of what is live has number {last.number}, but number {number} was seen before: an "
+                "older database or statement was put back. Promote or roll back again to say what is live now."
+            )
+        # 3. The promoter's key vouches for it, and it says what the shelf says.
+        self._statement(last)
+        state = self._state(last.digest)
+        if state != "live":
+            raise Untrusted(f"Statement {number} names {last.digest[:12]}, which the shelf holds as {state}.")
+        # 4. The bundle it names is the one on the disk, whole and signed.
+        opened = self._opened(last.digest)
+        # 5. The number is remembered everywhere.
+        self._seen = number
+        self._write_file(last.envelope)
+        return opened
+
     def _say(self, digest: str, verb: Verb, person: str, signer: signing.Signer) -> Standing:
         if not person.strip():
             raise Misconfigured("Name the person who says so.")
@@ -371,11 +379,12 @@ class Shelf:
             if home and home.digest == digest:
                 return Standing(0, digest)
             self._opened(self.get(digest).digest)  # what does not verify is not promoted
+            with suppress(Untrusted):
+                if home is None and self._live().digest == digest:
+                    return self.standing()  # said already
             floor = max(self._seen, self._number_on_file())
             with self._database.transaction() as session:
                 row, last = self._row(session, digest), _last(session)
-                if row.state == "live" and last.digest == digest and last.number >= floor:
-                    return Standing(last.number, digest)  # said already
                 before = self._live_row(session, home, person)
                 number = max(last.number, floor) + 1
                 said = Statement(number, digest, before.digest if before else "", verb, person, self._now_text())
@@ -411,7 +420,7 @@ class Shelf:
     def _home_bundle(self) -> Bundle:
         if self._home is None:
             raise Misconfigured("No bundle is live at this site: put one into shadow, then promote it.")
-        return Bundle.open(self._home(), self.verifier)
+        return Bundle.open(self._home(), self._release)
 
     def _statement(self, last: _Last) -> Statement:
         payload = self.verifier.open(last.envelope, KIND)

@@ -56,7 +56,8 @@ class Product:
     def __init__(self, folder: Path, to: Orthanc) -> None:
         self.port = free_port()
         self.log = folder.parent / f"{folder.name}.log"
-        self.settings = app.found(folder, SETTINGS.format(port=self.port, sender=to.ae_title, pacs_port=to.dicom_port))
+        text = SETTINGS.format(port=self.port, sender=to.ae_title, pacs_port=to.dicom_port)
+        self.settings = app.found(folder, text, "a passphrase for tests")
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
