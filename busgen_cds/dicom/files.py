@@ -28,8 +28,7 @@ class File:
 
 def study_uid(data: bytes) -> str:
     """The Study Instance UID; a ValueError says why there is none."""
-    header = _header(data, ["StudyInstanceUID"])
-    uid = str(header.get("StudyInstanceUID", "") or "").strip()
+    (uid,) = _said(data, "StudyInstanceUID")
     if not uid:
         raise ValueError("no Study Instance UID: this file belongs to no study")
     return uid
@@ -37,20 +36,24 @@ def study_uid(data: bytes) -> str:
 
 def open_file(data: bytes) -> File:
     """A file as the outbox takes it, bytes as they are; a ValueError says why it cannot be sent."""
-    header = _header(data, ["SOPClassUID", "SOPInstanceUID"])
-    syntax = str(header.file_meta.get("TransferSyntaxUID", ""))
-    sop_class, sop_instance = (str(header.get(name, "")) for name in ("SOPClassUID", "SOPInstanceUID"))
-    if not (syntax and sop_class and sop_instance):
-        raise ValueError("no SOP class, SOP Instance UID or transfer syntax: this file cannot be sent")
-    return File(sop_class, sop_instance, syntax, data)
+    sop_class, sop_instance = _said(data, "SOPClassUID", "SOPInstanceUID")
+    if not (sop_class and sop_instance):
+        raise ValueError("no SOP class or SOP Instance UID: this file cannot be sent")
+    return File(sop_class, sop_instance, str(decode.transfer_syntax(data)), data)
+
+
+def _said(data: bytes, *names: str) -> list[str]:
+    """Values are converted when they are asked for: that, too, may raise anything."""
+    try:
+        header = _header(data, list(names))
+        return [str(header.get(name, "") or "").strip() for name in names]
+    except decode.Unreadable as reason:
+        raise ValueError(str(reason)) from reason
+    except Exception as broken:  # noqa: BLE001 - a damaged data set may raise anything, and stops no other
+        raise ValueError(f"not a readable DICOM file ({type(broken).__name__})") from broken
 
 
 def _header(data: bytes, names: list[str]) -> pydicom.Dataset:
-    try:
-        if decode.transfer_syntax(data) == DeflatedExplicitVRLittleEndian:
-            return decode.open_file(data).header
-        return pydicom.dcmread(io.BytesIO(data), stop_before_pixels=True, specific_tags=names)
-    except decode.Unreadable as reason:
-        raise ValueError(str(reason)) from reason
-    except Exception as broken:
-        raise ValueError(f"not a readable DICOM file ({type(broken).__name__})") from broken
+    if decode.transfer_syntax(data) == DeflatedExplicitVRLittleEndian:
+        return decode.open_file(data).header
+    return pydicom.dcmread(io.BytesIO(data), stop_before_pixels=True, specific_tags=names)

@@ -63,13 +63,18 @@ def _small(syntax: str = "1.2.840.10008.1.2.1") -> seeds.Seed:
 
 
 def test_deep_nesting_and_broken_streams_are_reasons() -> None:
-    """A file of sequences in sequences, or with a broken deflated stream, is refused with a reason by its header."""
+    """A file of nested sequences, with a value of an unknown kind, or with a broken stream, is refused with a reason."""
     seed = _small()
     opened = struct.pack("<HH2s2xI", 0x0009, 0x1002, b"SQ", 0xFFFFFFFF) + struct.pack(
         "<HHI", 0xFFFE, 0xE000, 0xFFFFFFFF
     )
     with pytest.raises(ValueError, match="not a readable DICOM file"):
         files.study_uid(seed.meta + opened * 3000 + seed.data)
+    unknown = bytearray(seed.meta + seed.data)
+    at = unknown.index(struct.pack("<HH2s", 0x0020, 0x000D, b"UI"))
+    unknown[at + 4 : at + 6] = b"Ue"
+    with pytest.raises(ValueError, match="not a readable DICOM file"):
+        files.study_uid(bytes(unknown))
     packed = bytearray(mutate.unaltered(_small("1.2.840.10008.1.2.1.99")).file)
     for at in range(len(packed) - 3000, len(packed), 7):
         packed[at] ^= 0x55
