@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -93,6 +93,64 @@ def acts_of(session: Session, study_ref: str, kind: str) -> list[Act]:
     query = sa.select(_acts).where(_acts.c.study_ref == study_ref, _acts.c.kind == kind).order_by(_acts.c.number)
     rows = session.execute(query)
     return [Act(row.kind, row.who, row.what, row.study_ref, json.loads(row.detail)) for row in rows]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An act as it stands in the record."""
+
+    number: int
+    at: datetime
+    act: Act
+    hash: str
+
+    def line(self) -> bytes:
+        """As it is hashed, on one line of JSON."""
+        row = {**_row(self.number, self.at, self.act), "hash": self.hash}
+        return signing.canonical({**row, "at": self.at.isoformat(timespec="microseconds")}) + b"\n"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which acts are asked for; what is not said does not matter."""
+
+    who: str = ""
+    kind: str = ""  # how it begins
+    study_refs: sa.Select[Any] | sa.CompoundSelect[Any] | None = None
+    since: datetime | None = None
+    until: datetime | None = None
+    after: int = 0
+
+    def conditions(self) -> list[sa.ColumnElement[bool]]:
+        said: list[sa.ColumnElement[bool]] = [_acts.c.number > self.after]
+        if self.who:
+            said.append(_acts.c.who == self.who)
+        if self.kind:
+            said.append(_acts.c.kind.startswith(self.kind, autoescape=True))
+        if self.study_refs is not None:
+            said.append(_acts.c.study_ref.in_(self.study_refs))
+        if self.since:
+            said.append(_acts.c.at >= self.since)
+        if self.until:
+            said.append(_acts.c.at < self.until)
+        return said
+
+
+def entries(
+    database: Database, wanted: Wanted, *, limit: int | None = None, newest_first: bool = False
+) -> Iterator[Entry]:
+    order = _acts.c.number.desc() if newest_first else _acts.c.number
+    query = sa.select(_acts).where(*wanted.conditions()).order_by(order).limit(limit).execution_options(yield_per=500)
+    with database.reading() as session:
+        for row in session.execute(query):
+            act = Act(row.kind, row.who, row.what, row.study_ref, json.loads(row.detail))
+            yield Entry(row.number, row.at, act, row.hash)
+
+
+def length(database: Database) -> int:
+    with database.reading() as session:
+        last = session.execute(_LAST).first()
+    return int(last.number) if last else 0
 
 
 CHECKPOINT_KIND = "application/vnd.busgen-cds.audit-checkpoint+json"

@@ -29,7 +29,7 @@ from busgen_cds.birads import Category
 from busgen_cds.errors import Transient, Untrusted
 from busgen_cds.result import Assessed, BundleName, Declined, Finding, HeatMap, Kind, Rendered, Result, triage
 from busgen_cds.store import audit
-from busgen_cds.store.database import Base, Blind, Database, UtcTime
+from busgen_cds.store.database import Base, Blind, Database, Sealed, UtcTime
 from busgen_cds.store.inbox import InstanceTable, StudyTable
 from busgen_cds.store.vault import Vault
 from busgen_cds.study import NotAnalysed, NotForUs, Region, Source
@@ -77,7 +77,8 @@ class ResultTable(Base):
     current: Mapped[bool]
     supersedes: Mapped[str | None] = mapped_column(sa.String(32))
     alarm: Mapped[str] = mapped_column(sa.Text)
-    accession_blind: Mapped[str] = mapped_column(Blind(of="document"), index=True)
+    accession_blind: Mapped[str] = mapped_column(Blind(of="accession"), index=True)
+    accession: Mapped[bytes | None] = mapped_column(Sealed)
     document: Mapped[bytes] = mapped_column(sa.LargeBinary)  # under the study's key
 
 
@@ -271,6 +272,7 @@ class Results:
                 self._supersede(session, known)
             row = dataclasses.asdict(entry)
             row["accession_blind"] = self._vault.blind(accession_number) if accession_number else ""
+            row["accession"] = self._vault.seal_text(accession_number) if accession_number else None
             row["document"] = seal.seal(signing.canonical(to_document(answer)), entry.ref.encode())
             session.execute(sa.insert(_results).values(row))
             refs = self._keep_objects(session, entry, rendered, digests, seal)

@@ -1,8 +1,9 @@
 """Changing the site key while the site runs.
 
 Rules:
-- First every process is given both keys, the new one first: new things are sealed under it, old ones still open.
-- Then `rotate` brings over what was sealed under the older key, some rows at a time, while scanners go on sending.
+- First every process has both keys, the new one first: new things are sealed under it, old ones still open.
+- Then `rotate` brings over what was sealed under the older key, some rows at a time, while scanners go on sending;
+  it goes round until a whole round finds nothing more, for what was on its way when the key changed.
 - It may be stopped and begun again; when it says that nothing is left, the older key can be taken away.
 - Files are not touched: their data keys are wrapped by their study's key, and only that is wrapped by the site's.
 """
@@ -20,30 +21,57 @@ from busgen_cds.store.database import Blind, Database, Sealed, WrappedKey
 from busgen_cds.store.vault import Vault
 
 _ROWS = 200
+HASH_LENGTH = 64
 
 
 @dataclass
 class Rotated:
     rows: int = 0
-    left: list[str] = field(default_factory=list)  # hashed columns whose text is not at hand: keep the older key
+    left: list[str] = field(default_factory=list)  # hashes whose text is not at hand: keep the older key
 
 
 def rotate(opened: Database, keys: Vault, who: str) -> Rotated:
     done = Rotated()
-    for table in database.all_tables().sorted_tables:
-        if any(isinstance(column.type, Sealed | WrappedKey | Blind) for column in table.columns):
-            done.left += _not_at_hand(table)
-            done.rows += sum(_bring_over(opened, keys, table, batch) for batch in _batches(opened, table))
+    tables = [table for table in database.all_tables().sorted_tables if _columns(table)]
+    while rows := sum(_bring_over(opened, keys, table, batch) for table in tables for batch in _batches(opened, table)):
+        done.rows += rows
+    done.left = left(opened, keys)
     with opened.transaction() as session:
-        audit.record(session, audit.Act("site key changed", who, "", detail={"rows": done.rows}))
+        audit.record(session, audit.Act("site key changed", who, "", detail={"rows": done.rows, "left": done.left}))
     opened.scrub()
     return done
 
 
-def _not_at_hand(table: sa.Table) -> list[str]:
-    """Hashes of something else than a sealed column of the same row."""
-    blinds = [(column.name, column.type) for column in table.columns if isinstance(column.type, Blind)]
-    return [f"{table.name}.{name}" for name, kind in blinds if not _is_sealed(table, kind.of)]
+def left(opened: Database, keys: Vault) -> list[str]:
+    """What still needs an older key, by column, with how many rows; nothing when it can be taken away."""
+    found = []
+    for table in database.all_tables().sorted_tables:
+        for column in _columns(table):
+            count = _count_left(opened, keys, table, column)
+            found += [f"{table.name}.{column.name}: {count}"] if count else []
+    return found
+
+
+def _columns(table: sa.Table) -> list[sa.Column[Any]]:
+    return [column for column in table.columns if isinstance(column.type, Sealed | WrappedKey | Blind)]
+
+
+def _count_left(opened: Database, keys: Vault, table: sa.Table, column: sa.Column[Any]) -> int:
+    of = column.type.of if isinstance(column.type, Blind) else ""
+    beside = [table.columns[of]] if of and _is_sealed(table, of) else []
+    with opened.reading() as session:
+        rows = session.execute(sa.select(column, *beside).execution_options(yield_per=1000))
+        return sum(_is_left(keys, column, *row) for row in rows)
+
+
+def _is_left(keys: Vault, column: sa.Column[Any], value: Any, text: bytes | None = None) -> bool:
+    if not value:
+        return False
+    if not isinstance(column.type, Blind):
+        return not keys.is_current(value)
+    if text:
+        return bool(keys.blind(keys.open_text(text)) != value)
+    return len(value) == HASH_LENGTH  # a shredded study has its reference in this place
 
 
 def _is_sealed(table: sa.Table, name: str) -> bool:

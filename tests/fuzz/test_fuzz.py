@@ -63,7 +63,7 @@ def _small(syntax: str = "1.2.840.10008.1.2.1") -> seeds.Seed:
 
 
 def test_deep_nesting_and_broken_streams_are_reasons() -> None:
-    """A file of nested sequences, with a value of an unknown kind, or with a broken stream, is refused with a reason."""
+    """A file of nested sequences, an unknown kind of value, or with a broken stream, is refused with a reason."""
     seed = _small()
     opened = struct.pack("<HH2s2xI", 0x0009, 0x1002, b"SQ", 0xFFFFFFFF) + struct.pack(
         "<HHI", 0xFFFE, 0xE000, 0xFFFFFFFF
