@@ -210,7 +210,7 @@ def open_site(chosen: Settings) -> Site:
     folder = chosen.path(chosen.storage.folder)
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     opened = database.open(_database_url(chosen.storage.database, folder / "busgen-cds.sqlite"))
-    keys = vault.unlock(vault.key_source(_anchored(chosen, chosen.storage.key)))
+    keys = vault.unlock(vault.key_source(anchored(chosen, chosen.storage.key)))
     inbox = Inbox(folder / "inbox", opened, keys, least_free_bytes=chosen.listener.free_bytes)
     results, jobs = Results(opened, keys), Jobs(opened)
     workflows = workflows_url(chosen)
@@ -371,7 +371,7 @@ def _database_url(said: str, file: Path) -> str:
     return f"sqlite:///{file}" if said == "sqlite" else said
 
 
-def _anchored(chosen: Settings, reference: str) -> str:
+def anchored(chosen: Settings, reference: str) -> str:
     """A key file's relative path starts at the site's folder."""
     kind, _, rest = reference.partition(":")
     return f"file:{chosen.path(Path(rest))}" if kind == "file" else reference

@@ -14,6 +14,7 @@ from busgen_cds.dicom import outbox, screen
 from busgen_cds.dicom.screen import Screen
 from busgen_cds.errors import Misconfigured, Untrusted
 from busgen_cds.settings import Settings
+from busgen_cds.store import vault
 from busgen_cds.store.cases import Cases
 from busgen_cds.store.people import People
 from busgen_cds.store.shelf import Standing
@@ -50,8 +51,29 @@ def of(site: Site, first_code: str = "") -> FastAPI:
             viewer=chosen.web.viewer,
             first_code=first_code,
             secure=chosen.web.secure,
+            provider=_provider(chosen, site),
         )
     )
+
+
+def _provider(chosen: Settings, site: Site) -> web.Provider | None:
+    """Who vouches for people, if the site named somebody; its roles are checked when settings are read."""
+    said = chosen.web.oidc
+    if said is None:
+        return None
+    registration = web.Registration(
+        issuer=said.issuer,
+        client_id=said.client_id,
+        redirect=f"{chosen.web.address}{web.BACK}",
+        secret=vault.secret(app.anchored(chosen, said.client_secret)) if said.client_secret else "",
+        label=said.label,
+        scopes=said.scopes,
+        name_claim=said.name_claim,
+        role_claim=said.role_claim,
+        roles=said.roles,
+        authority=chosen.path(said.authority) if said.authority else None,
+    )
+    return web.Provider(registration, site.vault)
 
 
 def first_code(site: Site) -> str:

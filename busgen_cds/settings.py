@@ -23,6 +23,7 @@ FILE = "busgen-cds.toml"
 AeTitle = Annotated[str, Field(min_length=1, max_length=16, pattern=r"^[^\\\x00-\x1f]+$")]
 Port = Annotated[int, Field(ge=0, le=65535)]  # 0: a free port from the operating system, for tests
 ObjectKind = Literal["sr", "sc", "seg", "pr"]
+RoleName = Literal["reader", "operator", "physicist", "auditor", "admin"]
 
 
 class _Section(BaseModel):
@@ -174,13 +175,61 @@ class Objects(_Section):
     )
 
 
+class Oidc(_Section):
+    issuer: str = Field(
+        pattern=r"^(https://|http://(127\.0\.0\.1|localhost)[:/]).+", description="As the provider calls itself."
+    )
+    client_id: str = Field(description="What the provider calls us.")
+    client_secret: str = Field(
+        default="",
+        pattern=r"^((file|env|command):.+)?$",
+        description="Where our secret is, as for storage.key; none for a public client, which PKCE protects.",
+    )
+    label: str = Field(default="Hospital log-in", description="What the log-in page calls it.")
+    scopes: tuple[str, ...] = Field(default=("openid", "profile"), description="What is asked for; openid must be.")
+    name_claim: str = Field(default="preferred_username", description="The claim with the name of the account.")
+    role_claim: str = Field(
+        default="groups", description="The claim with groups or roles; dots lead into objects: realm_access.roles."
+    )
+    roles: dict[str, tuple[RoleName, ...]] = Field(
+        description="A value of that claim → roles here. No default: who comes in is a decision."
+    )
+    authority: Path | None = Field(
+        default=None, description="PEM file with the authority of its certificate; unset: those of the system."
+    )
+
+    @field_validator("scopes")
+    @classmethod
+    def open_id(cls, scopes: tuple[str, ...]) -> tuple[str, ...]:
+        if "openid" not in scopes:
+            raise ValueError("the scope openid is missing: without it the provider does not say who it is")
+        return scopes
+
+
 class Web(_Section):
     host: str = Field(default="127.0.0.1", description="Address of the pages; others than loopback need TLS in front.")
     port: Port = Field(default=8080, description="Port of the pages.")
     secure: bool = Field(default=False, description="The pages are reached by https: cookies travel by nothing else.")
+    proxies: tuple[str, ...] = Field(
+        default=(),
+        description="Addresses of the proxies that pass requests on; what only these say of who asks is believed. "
+        "Without them everybody behind a proxy shares one limit of log-ins.",
+    )
     viewer: str = Field(
         default="", description="Link to the site's viewer; {study_uid} and {series_uid} (the report's) are filled in."
     )
+    address: str = Field(
+        default="",
+        pattern=r"^(https?://[^/]+)?$",
+        description="Where browsers reach the pages; the log-in provider sends them back there.",
+    )
+    oidc: Oidc | None = Field(default=None, description="Log-in by the hospital's provider, beside local accounts.")
+
+    @model_validator(mode="after")
+    def reached(self) -> Web:
+        if self.oidc and not self.address:
+            raise ValueError("web.oidc needs web.address: the provider must know where to send browsers back to")
+        return self
 
 
 class Settings(BaseSettings):
@@ -194,11 +243,6 @@ class Settings(BaseSettings):
 
     site: Site
     listener: Listener
-    proxies: tuple[str, ...] = Field(
-        default=(),
-        description="Addresses of the proxies that pass requests on; what only these say of who asks is believed. "
-        "Without them everybody behind a proxy shares one limit of log-ins.",
-    )
     storage: Storage = Storage()
     reader: Reader = Reader()
     models: Models = Models()

@@ -5,6 +5,8 @@ Rules:
 - An unknown name, a wrong password and a wrong code take the same time and get the same answer.
 - Five failures in a row lock an account for a quarter of an hour; a code of the second factor is accepted once.
 - A role is a set of rights (`RIGHTS`); a token holds some of its owner's rights and never more than the owner has now.
+- Who comes from the site's log-in provider has an account without a password: its reference is made of issuer and
+  subject, its roles are those that the provider's word gives at each log-in, and no name passes from a local account.
 - Each log-in, refusal, log-out and change is an act in the transaction in which it happened.
 """
 
@@ -72,7 +74,7 @@ class AccountTable(Base):
     ref: Mapped[str] = mapped_column(sa.String(32), primary_key=True)
     name: Mapped[str] = mapped_column(sa.String(64), unique=True)
     roles: Mapped[str] = mapped_column(sa.Text)  # JSON list
-    password: Mapped[str] = mapped_column(sa.Text)
+    password: Mapped[str] = mapped_column(sa.Text)  # empty: the log-in provider knows this person
     totp: Mapped[bytes | None] = mapped_column(Sealed)
     totp_step: Mapped[int] = mapped_column(sa.BigInteger, default=0)  # the last time step a code was accepted for
     created_at: Mapped[datetime] = mapped_column(UtcTime)
@@ -116,6 +118,7 @@ class Account:
     created_at: datetime
     disabled: bool
     locked_until: datetime | None
+    vouched: bool = False  # the site's log-in provider knows this person
 
     @property
     def rights(self) -> frozenset[Right]:
@@ -136,6 +139,21 @@ class Person:
 
     def may(self, right: Right) -> bool:
         return right in self.rights
+
+
+@dataclass(frozen=True)
+class Vouched:
+    """Somebody of whom the site's log-in provider says who it is, and what that makes of them here."""
+
+    issuer: str
+    subject: str
+    name: str
+    roles: tuple[Role, ...]
+
+    @property
+    def ref(self) -> str:
+        """Always the same account, whatever the person is called today."""
+        return _digest(f"{self.issuer}\n{self.subject}")[:32]
 
 
 @dataclass(frozen=True)
@@ -188,6 +206,8 @@ class People:
         wanted = _roles(roles)
         with self._database.transaction() as session:
             account = self._by_name(session, name)
+            if account.vouched:
+                raise Refused(f"The roles of {name} come from the log-in provider: change them there.")
             if account.roles == wanted:
                 return
             self._keep_an_admin(session, account, "admin" in wanted)
@@ -222,6 +242,8 @@ class People:
         hashed = self._hash(password, name)
         with self._database.transaction() as session:
             account = self._by_name(session, name)
+            if account.vouched:
+                raise Refused("Your password is kept by the log-in provider: change it there.")
             self._change(session, name, password=hashed, failures=0, locked_until=None)
             session.execute(sa.delete(_sessions).where(_sessions.c.account_ref == account.ref))
             self._act(session, "password changed", who, name)
@@ -238,6 +260,8 @@ class People:
         if step is None:
             raise Refused("That code does not belong to this key: check the clock of the device that made it.")
         with self._database.transaction() as session:
+            if self._by_name(session, name).vouched:
+                raise Refused("Your second factor is asked for by the log-in provider: set it there.")
             self._change(session, name, totp=self._vault.seal_text(key), totp_step=step)
             self._act(session, "second factor set", name, name)
 
@@ -264,20 +288,59 @@ class People:
                 self._note_failure(session, row, refusal, now)
                 self._act(session, "log-in refused", name if row else "unknown", refusal, address=address)
                 return None
-            secret = secrets.token_urlsafe(32)
             step = _matching_step(self._vault.open_text(row.totp), code, now) if row.totp else row.totp_step
             self._change(session, name, failures=0, locked_until=None, totp_step=step)
-            session.execute(
-                sa.insert(_sessions).values(
-                    hash=_digest(secret),
-                    account_ref=row.ref,
-                    form_key=secrets.token_urlsafe(32),
-                    started_at=now,
-                    seen_at=now,
-                )
+            return self._begin(session, row.ref, name, address)
+
+    def log_in_vouched(self, who: Vouched, address: str = "") -> str | None:
+        """A new session's secret for somebody the provider vouches for; their account is made or brought up to date."""
+        with self._database.transaction() as session:
+            row = session.execute(sa.select(_accounts).where(_accounts.c.ref == who.ref)).first()
+            name = row.name if row else who.name.strip().lower()[:64]
+            if refusal := self._vouched_refusal(session, row, name, who):
+                self._act(session, "log-in refused", row.name if row else "unknown", refusal, address=address)
+                return None
+            if row is None:
+                self._add_vouched(session, who, name)
+            elif (before := _account(row).roles) != who.roles:
+                self._change(session, name, roles=json.dumps(who.roles))
+                self._act(session, "roles changed", "log-in provider", name, before=list(before), after=list(who.roles))
+            return self._begin(session, who.ref, name, address)
+
+    def note_not_vouched(self, why: str, address: str = "") -> None:
+        with self._database.transaction() as session:
+            self._act(session, "log-in refused", "unknown", why, address=address)
+
+    def _vouched_refusal(self, session: Session, row: Any, name: str, who: Vouched) -> str:
+        if not who.roles:
+            return "the log-in provider gives no role here"
+        if row is not None:
+            return "account disabled" if row.disabled_at else ""
+        try:
+            _name(name)
+        except Refused:
+            return "the log-in provider gives no usable name"
+        taken = session.execute(sa.select(_accounts.c.ref).where(_accounts.c.name == name)).first()
+        return "the name belongs to another account" if taken else ""
+
+    def _add_vouched(self, session: Session, who: Vouched, name: str) -> None:
+        row = {"ref": who.ref, "name": name, "roles": json.dumps(who.roles), "password": ""}
+        session.execute(sa.insert(_accounts).values(**row, totp_step=0, created_at=self._clock(), failures=0))
+        self._act(session, "account made", "log-in provider", name, roles=list(who.roles))
+
+    def _begin(self, session: Session, account_ref: str, name: str, address: str) -> str:
+        secret, now = secrets.token_urlsafe(32), self._clock()
+        session.execute(
+            sa.insert(_sessions).values(
+                hash=_digest(secret),
+                account_ref=account_ref,
+                form_key=secrets.token_urlsafe(32),
+                started_at=now,
+                seen_at=now,
             )
-            self._act(session, "log-in", name, "", address=address)
-            return secret
+        )
+        self._act(session, "log-in", name, "", address=address)
+        return secret
 
     def of_session(self, secret: str) -> Person | None:
         now = self._clock()
@@ -371,7 +434,7 @@ class People:
 
     def _verify(self, hashed: str, password: str) -> bool:
         try:
-            return self._hasher.verify(hashed, password)
+            return self._hasher.verify(hashed or self._nobody, password) and bool(hashed)
         except (VerificationError, InvalidHashError):
             return False
 
@@ -426,7 +489,14 @@ def _digest(secret: str) -> str:
 def _account(row: Any) -> Account:
     roles = tuple(role for role in ROLES if role in json.loads(row.roles))
     return Account(
-        row.ref, row.name, roles, row.totp is not None, row.created_at, row.disabled_at is not None, row.locked_until
+        row.ref,
+        row.name,
+        roles,
+        row.totp is not None,
+        row.created_at,
+        row.disabled_at is not None,
+        row.locked_until,
+        not row.password,
     )
 
 

@@ -229,8 +229,9 @@ def _write_all(descriptor: int, data: bytes | memoryview) -> None:
 
 
 class KeySource(Protocol):
-    """Where the site keys come from, newest first."""
+    """Where the site keys come from, newest first, or another secret."""
 
+    def text(self) -> str: ...
     def keys(self) -> Sequence[bytes]: ...
 
 
@@ -240,15 +241,18 @@ class KeyFile:
     def __init__(self, path: str) -> None:
         self._path = Path(path)
 
-    def keys(self) -> Sequence[bytes]:
+    def text(self) -> str:
         try:
             mode = self._path.stat().st_mode
-            lines = self._path.read_text()
+            text = self._path.read_text()
         except OSError as missing:
-            raise Misconfigured(f"The site key file {self._path} cannot be read: {missing.strerror}.") from missing
+            raise Misconfigured(f"The key file {self._path} cannot be read: {missing.strerror}.") from missing
         if stat.S_IMODE(mode) & 0o077:
-            raise Misconfigured(f"Others may read the site key file {self._path}: run `chmod 600 {self._path}`.")
-        return _parse(lines, f"the site key file {self._path}")
+            raise Misconfigured(f"Others may read the key file {self._path}: run `chmod 600 {self._path}`.")
+        return text
+
+    def keys(self) -> Sequence[bytes]:
+        return _parse(self.text(), f"the site key file {self._path}")
 
 
 class KeyVariable:
@@ -257,8 +261,11 @@ class KeyVariable:
     def __init__(self, name: str) -> None:
         self._name = name
 
+    def text(self) -> str:
+        return os.environ.get(self._name, "")
+
     def keys(self) -> Sequence[bytes]:
-        return _parse(os.environ.get(self._name, ""), f"the environment variable {self._name}")
+        return _parse(self.text(), f"the environment variable {self._name}")
 
 
 class KeyCommand:
@@ -267,12 +274,15 @@ class KeyCommand:
     def __init__(self, command: str) -> None:
         self._command = command
 
-    def keys(self) -> Sequence[bytes]:
+    def text(self) -> str:
         try:
             done = subprocess.run(shlex.split(self._command), capture_output=True, text=True, timeout=60, check=True)
         except (OSError, ValueError, subprocess.SubprocessError) as failed:
-            raise Misconfigured(f"The site key command failed ({type(failed).__name__}): {self._command}") from None
-        return _parse(done.stdout, "the site key command's output")
+            raise Misconfigured(f"The key command failed ({type(failed).__name__}): {self._command}") from None
+        return done.stdout
+
+    def keys(self) -> Sequence[bytes]:
+        return _parse(self.text(), "the site key command's output")
 
 
 KEY_SOURCES: Mapping[str, Callable[[str], KeySource]] = {"file": KeyFile, "env": KeyVariable, "command": KeyCommand}
@@ -282,8 +292,16 @@ def key_source(reference: str) -> KeySource:
     """`file:PATH`, `env:NAME` or `command:PROGRAM ARGUMENTS` → where the site keys come from."""
     kind, _, rest = reference.partition(":")
     if kind not in KEY_SOURCES or not rest:
-        raise Misconfigured(f"Site key {kind!r}: say one of {', '.join(f'{name}:…' for name in KEY_SOURCES)}.")
+        raise Misconfigured(f"Key {kind!r}: say one of {', '.join(f'{name}:…' for name in KEY_SOURCES)}.")
     return KEY_SOURCES[kind](rest)
+
+
+def secret(reference: str) -> str:
+    """Another secret by the same kinds of reference, as text."""
+    found = key_source(reference).text().strip()
+    if not found:
+        raise Misconfigured(f"There is nothing at {reference}: put the secret there.")
+    return found
 
 
 def unlock(source: KeySource) -> Vault:

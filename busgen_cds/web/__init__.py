@@ -1,7 +1,9 @@
 """Pages and API: `create(site)` makes the application from everything it stands on, `Server` runs it."""
 
 from busgen_cds.web.application import create
+from busgen_cds.web.entry import BACK
+from busgen_cds.web.oidc import Provider, Registration
 from busgen_cds.web.serving import Server
 from busgen_cds.web.site import LiveBundle, Node, Site
 
-__all__ = ["LiveBundle", "Node", "Server", "Site", "create"]
+__all__ = ["BACK", "LiveBundle", "Node", "Provider", "Registration", "Server", "Site", "create"]

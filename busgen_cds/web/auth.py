@@ -70,6 +70,18 @@ def cookie_name(front: Front) -> str:
     return "__Host-busgen" if front.site.secure else "busgen"
 
 
+def flow_name(front: Front) -> str:
+    """The cookie of a log-in that the provider has not answered yet."""
+    return f"{cookie_name(front)}-flow"
+
+
+def set_flow(response: Response, front: Front, sealed: str) -> None:
+    """Lax: it must come back with the browser that the provider sends to us."""
+    response.set_cookie(
+        flow_name(front), sealed, httponly=True, secure=front.site.secure, samesite="lax", path="/", max_age=600
+    )
+
+
 def set_session(response: Response, front: Front, secret: str) -> None:
     response.set_cookie(
         cookie_name(front), secret, httponly=True, secure=front.site.secure, samesite="strict", path="/", max_age=43200

@@ -12,12 +12,14 @@ from starlette.responses import RedirectResponse, Response
 from busgen_cds.store.people import ALL_RIGHTS, People, Person, Refused, Right
 from busgen_cds.web import auth, render
 from busgen_cds.web.front import Front
+from busgen_cds.web.oidc import NotVouched, Provider
 
 _HOME: tuple[tuple[Right, str], ...] = (
     ("studies.read", "/worklist"),
     ("operations.read", "/operations"),
     ("audit.read", "/audit"),
 )
+BACK = "/login/back"  # where the log-in provider sends browsers: registered there
 Text = Annotated[str, Form(max_length=256)]
 
 router = APIRouter()
@@ -94,6 +96,49 @@ def log_out(request: Request, person: Person = auth.page()) -> Response:
     return response
 
 
+# -- by the hospital's own provider
+
+
+@router.get("/login/provider")
+def ask_provider(request: Request, next: str = "") -> Response:
+    front = auth.front_of(request)
+    _from_here(request, front)
+    begun = _provider(front).begin(_inside(next))
+    response = RedirectResponse(begun.address, 303)
+    auth.set_flow(response, front, begun.cookie)
+    return response
+
+
+@router.get(BACK)
+def back_from_provider(request: Request) -> Response:
+    """The provider sends the browser here; it goes on by a page, as no strict cookie follows a foreign redirect."""
+    front = auth.front_of(request)
+    _slowly(request, front)
+    try:
+        who, to = _provider(front).finish(request.cookies.get(auth.flow_name(front), ""), request.query_params)
+    except NotVouched as refused:
+        front.people.note_not_vouched(str(refused), auth.address_of(request))
+        return _not_in(request, "The log-in did not hold: begin again.")
+    secret = front.people.log_in_vouched(who, auth.address_of(request))
+    if secret is None:
+        return _not_in(request, "You are known there, but may not come in here: ask this site's administrator.")
+    person = front.people.of_session(secret)
+    response = render.page(request, "entered.html", {"to": to or (home(person) if person else "/")})
+    auth.set_session(response, front, secret)
+    response.delete_cookie(auth.flow_name(front), path="/", secure=front.site.secure, httponly=True, samesite="lax")
+    return response
+
+
+def _provider(front: Front) -> Provider:
+    if front.site.provider is None:
+        raise HTTPException(404, "This site has no log-in provider.")
+    return front.site.provider
+
+
+def _not_in(request: Request, problem: str) -> Response:
+    return render.page(request, "login.html", {"problem": problem, "next": ""}, 401)
+
+
 def _log_in(request: Request, front: Front, name: str, password: str, code: str, to: str) -> Response:
     secret = front.people.log_in(name, password, code, auth.address_of(request))
     if secret is None:
@@ -108,6 +153,10 @@ def _log_in(request: Request, front: Front, name: str, password: str, code: str,
 def _from_here(request: Request, front: Front) -> None:
     if not auth.same_origin(request):
         raise HTTPException(403, "This form is not from our own page.")
+    _slowly(request, front)
+
+
+def _slowly(request: Request, front: Front) -> None:
     if not front.log_ins.take(auth.address_of(request)):
         raise HTTPException(429, "Too many tries from your address: wait a minute.", {"Retry-After": "60"})
 

@@ -19,6 +19,7 @@ from busgen_cds.store.cases import Word
 from busgen_cds.store.database import Database
 from busgen_cds.store.vault import Vault
 from busgen_cds.study import Source, Spacing
+from busgen_cds.web.oidc import Provider
 
 NOT_A_DIAGNOSIS = "Research software, not a diagnosis"
 
@@ -75,6 +76,7 @@ class Site:
     checks: Mapping[str, Check] = field(default_factory=dict)  # what must hold before work is taken
     viewer: str = ""  # a link to the site's viewer; {study_uid} and {series_uid} are filled in
     first_code: str = ""  # who knows it may make the first account; empty: only the command line may
+    provider: Provider | None = None  # who vouches for people; local accounts work beside it
     secure: bool = False  # pages are reached by https: cookies travel by nothing else
     clock: Callable[[], datetime] = lambda: datetime.now(UTC)
     version: str = __version__
