@@ -125,6 +125,24 @@ class Models(_Section):
     )
 
 
+class Drift(_Section):
+    reference_studies: int = Field(
+        default=200, ge=20, description="The first studies a bundle reads here: what later weeks are compared with."
+    )
+    least_studies: int = Field(default=30, ge=10, description="A week with fewer studies says nothing.")
+    scores: float = Field(
+        default=0.2, gt=0, description="Population stability index of the scores: 0.2 is commonly a significant change."
+    )
+    categories: float = Field(default=0.2, gt=0, description="The same, of the categories.")
+    declines: float = Field(default=0.1, gt=0, lt=1, description="Change of the share of declined studies.")
+    images: float = Field(
+        default=0.02,
+        gt=0,
+        description="Squared maximum mean discrepancy of the images' embeddings, 1 at most. What chance gives "
+        "in one week of a thousand raises no alarm, whatever the limit.",
+    )
+
+
 class Study(_Section):
     silence_seconds: float = Field(default=5, ge=0, description="A study is complete when this long nothing came.")
     query_node: str = Field(
@@ -232,6 +250,40 @@ class Web(_Section):
         return self
 
 
+class Retention(_Section):
+    """How long each kind is kept, in days after the last thing that happened to it; 0: until a person says."""
+
+    assessed_days: int = Field(default=0, ge=0, description="Studies that were assessed. 0: for ever.")
+    declined_days: int = Field(default=0, ge=0, description="Studies that were declined. 0: for ever.")
+    not_for_us_days: int = Field(default=0, ge=0, description="Studies that are no breast ultrasound. 0: for ever.")
+    unread_days: int = Field(default=0, ge=0, description="Studies without any result, and not stuck. 0: for ever.")
+    quarantine_days: int = Field(default=0, ge=0, description="Damaged objects that were set aside. 0: for ever.")
+
+
+class Syslog(_Section):
+    host: str = Field(description="The audit repository's address.")
+    port: Port = Field(default=6514, description="The port registered for syslog over TLS.")
+    authority: Path = Field(description="PEM file with the authority that its certificate must come from.")
+    certificate: Path | None = Field(default=None, description="Our client certificate.")
+    key: Path | None = Field(default=None, description="Its private key.")
+    check_host: bool = Field(default=True, description="The certificate must name the host.")
+    identifiers: bool = Field(
+        default=False,
+        description="Say patient id and Study Instance UID, as DICOM's audit messages can; else only our references.",
+    )
+
+
+class Record(_Section):
+    key: Path = Field(default=Path("keys/record.key"), description="The key that signs checkpoints; made when missing.")
+    checkpoints: Path | None = Field(
+        default=None,
+        description="Folder for signed checkpoints of the record, where this machine cannot rewrite them: without "
+        "them a cut tail of the record does not show.",
+    )
+    checkpoint_hours: float = Field(default=24, gt=0, description="A checkpoint is written this often.")
+    syslog: Syslog | None = Field(default=None, description="DICOM audit messages (PS3.15 A.5) over TLS (RFC 5425).")
+
+
 class Settings(BaseSettings):
     model_config = SettingsConfigDict(
         extra="forbid",
@@ -246,11 +298,14 @@ class Settings(BaseSettings):
     storage: Storage = Storage()
     reader: Reader = Reader()
     models: Models = Models()
+    drift: Drift = Drift()
     study: Study = Study()
     objects: Objects = Objects()
     nodes: tuple[Node, ...] = Field(default=(), description="Other systems, by name.")
     destinations: tuple[Destination, ...] = Field(default=(), description="Where results go.")
     web: Web = Web()
+    retention: Retention = Retention()
+    record: Record = Record()
     home: Path = Field(default=Path(), description="The site's folder; relative paths start here. Set by reading.")
 
     @field_validator("nodes")

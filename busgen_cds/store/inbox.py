@@ -376,10 +376,13 @@ class Inbox:
 
     # -- letting go ------------------------------------------------------------------------------------------------
 
-    def shred(self, study_ref: str, who: str) -> None:
+    def shred(
+        self, study_ref: str, who: str, *, also: Callable[[sa.Connection], object] | None = None, scrub: bool = True
+    ) -> None:
         """Destroy the study's key, and with it every copy of its files; its names leave the database with it.
 
-        What remains is the opaque reference, so that the record of acts still speaks of something.
+        What remains is the opaque reference, so that the record of acts still speaks of something. What others keep of
+        the study they let go in `also`, in the same transaction. Who shreds many scrubs once, at the end.
         """
         gone = {"key": None, "held": None, "uid": b"", "patient": b"", "patient_blind": "", "uid_blind": study_ref}
         with self._one_at_a_time(), self._database.connection() as connection:
@@ -388,10 +391,22 @@ class Inbox:
             connection.execute(sa.delete(_instances).where(mine))
             connection.execute(sa.update(_studies).where(_studies.c.ref == study_ref).values(**gone))
             detail = {"instances": [entry.ref for entry in entries]}
+            if also is not None:
+                also(connection)
             audit.record(connection, audit.Act("study shredded", who, "", study_ref, detail), at=self._clock())
         for entry in entries:
             self._path(entry.ref, entry.received_at).unlink(missing_ok=True)
-        self._database.scrub()
+        if scrub:
+            self._database.scrub()
+
+    def discard_quarantined(self, ref: str, who: str) -> None:
+        """An object that was set aside is let go: its key with its row, then its file."""
+        with self._database.transaction() as session:
+            session.execute(sa.delete(_quarantine).where(_quarantine.c.ref == ref))
+            audit.record(
+                session, audit.Act("quarantined discarded", who, "", None, {"quarantine": ref}), at=self._clock()
+            )
+        (self._quarantine / ref).unlink(missing_ok=True)
 
     def why_not_shredded(self, study_ref: str) -> list[str]:
         """The proof that a study cannot be read any more: what still speaks against it, if anything does."""

@@ -30,6 +30,7 @@ import shlex
 import stat
 import struct
 import subprocess
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -42,6 +43,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from busgen_cds.errors import Misconfigured, Untrusted
 
 KEY_BYTES = 32
+LOOK_SECONDS = 1.0  # how soon a changed key file is taken up
 CHUNK = 256 * 1024
 _MAGIC = b"BUSGENv1"
 _TAG = 16
@@ -50,11 +52,29 @@ _ID = 4
 
 
 class Vault:
-    """The site's keys in use: the first seals, all open."""
+    """The site's keys in use: the first seals, all open. Keys that change at their source are taken up at once."""
 
-    def __init__(self, site_key: bytes, *, older: Sequence[bytes] = ()) -> None:
-        self._rings = {ring.id: ring for ring in (_Ring(key) for key in (site_key, *older))}
-        self._current = next(iter(self._rings.values()))
+    def __init__(
+        self,
+        site_key: bytes,
+        *,
+        older: Sequence[bytes] = (),
+        changed: Callable[[], Sequence[bytes] | None] | None = None,
+    ) -> None:
+        self._taken = _taken((site_key, *older))
+        self._changed, self._look_at = changed, 0.0
+
+    @property
+    def _rings(self) -> Mapping[bytes, _Ring]:
+        now = time.monotonic()
+        if self._changed is not None and now >= self._look_at:
+            self._look_at = now + LOOK_SECONDS
+            self._taken = _taken(keys) if (keys := self._changed()) else self._taken
+        return self._taken
+
+    @property
+    def _current(self) -> _Ring:
+        return next(iter(self._rings.values()))
 
     def seal(self, data: bytes, about: bytes = b"") -> bytes:
         """Encrypt a small thing; `about` must be given again to open it."""
@@ -117,6 +137,10 @@ class _Ring:
 
     def blind(self, text: str) -> str:
         return hmac.new(self._hash_key, text.encode(), hashlib.sha256).hexdigest()
+
+
+def _taken(keys: Sequence[bytes]) -> Mapping[bytes, _Ring]:
+    return {ring.id: ring for ring in map(_Ring, keys)}
 
 
 def new_key() -> bytes:
@@ -233,6 +257,9 @@ class KeySource(Protocol):
 
     def text(self) -> str: ...
     def keys(self) -> Sequence[bytes]: ...
+    def changed(self) -> Sequence[bytes] | None:
+        """The keys, when they are others than when they were last given; None when not, or when that is not known."""
+        ...
 
 
 class KeyFile:
@@ -240,6 +267,38 @@ class KeyFile:
 
     def __init__(self, path: str) -> None:
         self._path = Path(path)
+        self._seen: tuple[int, int] | None = None
+
+    def changed(self) -> Sequence[bytes] | None:
+        try:
+            now = self._stamp()
+            return None if now == self._seen else self.keys()
+        except (OSError, Misconfigured):  # half a change, or none of ours: what we have stays in use
+            return None
+
+    def put_first(self, key: bytes) -> None:
+        """A new key before those that are there; running processes take it up."""
+        self._replace([key, *self.keys()])
+
+    def retire(self) -> int:
+        """Take all but the newest away; how many were taken."""
+        newest, *older = self.keys()
+        self._replace([newest])
+        return len(older)
+
+    def _replace(self, keys: Sequence[bytes]) -> None:
+        fresh = self._path.with_name(f".{self._path.name}-{os.urandom(4).hex()}")
+        descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            _write_all(descriptor, b"".join(key.hex().encode() + b"\n" for key in keys))
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        fresh.rename(self._path)
+
+    def _stamp(self) -> tuple[int, int]:
+        found = self._path.stat()
+        return found.st_mtime_ns, found.st_ino
 
     def text(self) -> str:
         try:
@@ -252,7 +311,10 @@ class KeyFile:
         return text
 
     def keys(self) -> Sequence[bytes]:
-        return _parse(self.text(), f"the site key file {self._path}")
+        seen = self._stamp() if self._path.exists() else None
+        keys = _parse(self.text(), f"the site key file {self._path}")
+        self._seen = seen
+        return keys
 
 
 class KeyVariable:
@@ -263,6 +325,9 @@ class KeyVariable:
 
     def text(self) -> str:
         return os.environ.get(self._name, "")
+
+    def changed(self) -> Sequence[bytes] | None:
+        return None  # processes are started again, one after the other
 
     def keys(self) -> Sequence[bytes]:
         return _parse(self.text(), f"the environment variable {self._name}")
@@ -280,6 +345,9 @@ class KeyCommand:
         except (OSError, ValueError, subprocess.SubprocessError) as failed:
             raise Misconfigured(f"The key command failed ({type(failed).__name__}): {self._command}") from None
         return done.stdout
+
+    def changed(self) -> Sequence[bytes] | None:
+        return None  # processes are started again, one after the other
 
     def keys(self) -> Sequence[bytes]:
         return _parse(self.text(), "the site key command's output")
@@ -306,7 +374,7 @@ def secret(reference: str) -> str:
 
 def unlock(source: KeySource) -> Vault:
     newest, *older = source.keys()
-    return Vault(newest, older=older)
+    return Vault(newest, older=older, changed=source.changed)
 
 
 def write_key_file(path: Path) -> None:
