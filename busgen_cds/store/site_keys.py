@@ -42,7 +42,7 @@ _KDF = {"time": 3, "memory": 65536, "lanes": 4}  # RFC 9106, second recommended 
 _LETTERS = "abcdefghjkmnpqrstuvwxyz23456789"  # none that looks like another
 
 
-class WrongPassphrase(Exception):
+class WrongPassphrase(Misconfigured):
     """The promoter's key does not open with it."""
 
 
