@@ -383,13 +383,19 @@ def generate(
     in_healthy: Annotated[
         bool, typer.Option(help="Grow each lesion in a healthy image that is generated first.")
     ] = False,
+    steps: Annotated[int | None, typer.Option(help="Steps of the sampler; 20 without it.")] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="1: as various as the training images, in half the time; 2 without it.")
+    ] = None,
     unfiltered: Annotated[bool, typer.Option(help="For measurements only: nothing is dropped.")] = False,
 ) -> None:
     """Make images with masks and labels; each passes the release filter."""
     from rich.progress import Progress
 
+    from busgen_cds.learning.generator import Sampling
     from busgen_cds.learning.recipes import synthesise
 
+    asked = {name: value for name, value in (("steps", steps), ("guidance", guidance)) if value is not None}
     settings = synthesise.Settings(
         count=count,
         seed=seed,
@@ -399,6 +405,7 @@ def generate(
         shard=shard,
         filtered=not unfiltered,
         in_healthy=in_healthy,
+        sampling=Sampling(**asked),  # type: ignore[arg-type]
     )
     with Progress(console=console) as progress:
         bar = progress.add_task("images", total=count)
