@@ -7,7 +7,7 @@ import secrets
 
 from fastapi import FastAPI
 
-from busgen_cds import app, web
+from busgen_cds import app, learning_loop, web
 from busgen_cds.app import Site
 from busgen_cds.bundle import CARD, Bundle
 from busgen_cds.dicom import outbox, screen
@@ -15,7 +15,6 @@ from busgen_cds.dicom.screen import Screen
 from busgen_cds.errors import Misconfigured, Untrusted
 from busgen_cds.settings import Settings
 from busgen_cds.store import vault
-from busgen_cds.store.cases import Cases
 from busgen_cds.store.people import People
 from busgen_cds.store.shelf import Standing
 
@@ -26,7 +25,6 @@ def of(site: Site, first_code: str = "") -> FastAPI:
     """The application; who knows the code may make the first account."""
     chosen = site.settings
     shown = Screen(site.inbox.instances, site.inbox.open)
-    words = Cases(site.database, site.vault)
 
     return web.create(
         web.Site(
@@ -38,7 +36,7 @@ def of(site: Site, first_code: str = "") -> FastAPI:
             slides=shown.slides,
             picture=shown.picture,
             evidence=screen.evidence,
-            confirm=lambda word, findings: words.say(word, findings=findings),
+            confirm=lambda word, findings: learning_loop.confirm(site, word, findings),
             retry=lambda study_ref, who: site.desk.retry(study_ref, who=who),
             release=lambda study_ref, who: site.desk.release(site.inbox, study_ref, who=who),
             resume=lambda who: site.desk.resume(who=who),

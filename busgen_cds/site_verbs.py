@@ -5,11 +5,21 @@ Rules: torch is imported inside the verbs, so that a clinic's program starts wit
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.table import Table
+
+from busgen_cds.truth import Conflict, Known
+
+if TYPE_CHECKING:
+    from busgen_cds.app import Site
+    from busgen_cds.flows.confirm_case import Outcome
 
 app = typer.Typer(no_args_is_help=True, help="The site's own loop.")
 console = Console(stderr=True)
@@ -41,3 +51,134 @@ def site_adaptation(
     found = recipe.compare(root, runs, settings, cache)
     page = recipe.write(found, root, runs, settings, left, results, cache)
     out.print(f"Written: {page}; {left} runs left", soft_wrap=True)
+
+
+# ---- Cases
+
+cases_app = typer.Typer(no_args_is_help=True, help="What readers and pathology confirmed: the site's own cases.")
+Config = Annotated[
+    Path, typer.Option("--config", "-c", envvar="BUSGEN_CDS_CONFIG", help="The site's settings file, or its folder.")
+]
+HERE = Path("busgen-cds.toml")
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+
+
+@contextmanager
+def _site(config: Path) -> Iterator[Site]:
+    from busgen_cds import app as house
+    from busgen_cds import settings
+
+    with house.opened_site(settings.read(config / settings.FILE if config.is_dir() else config)) as site:
+        yield site
+
+
+@cases_app.command("import")
+def cases_import(
+    files: Annotated[list[Path], typer.Argument(exists=True, help="CSV, FHIR (.json) or HL7 v2 files, or folders.")],
+    config: Config = HERE,
+    who: Annotated[str, typer.Option(help="Who asks; it is recorded.")] = "operator",
+) -> None:
+    """Take in pathology, matched by accession number and patient id; then make the cases that it settles."""
+    from busgen_cds import learning_loop, pathology
+    from busgen_cds.flows import confirm_case
+
+    kept = known = refused = 0
+    with _site(config) as site:
+        stations = learning_loop.case_stations(site)
+        for path in (
+            p for each in files for p in (sorted(each.rglob("*")) if each.is_dir() else [each]) if p.is_file()
+        ):
+            for one in pathology.read(path.name, path.read_text(encoding="utf-8", errors="replace")):
+                if isinstance(one, pathology.Unusable):
+                    refused += 1
+                    console.print(str(one), soft_wrap=True, highlight=False, markup=False)
+                elif stations.book.receive(one, who=who):
+                    kept += 1
+                else:
+                    known += 1
+        outcomes = confirm_case.gather(stations)
+    _tell(outcomes)
+    out.print(f"{kept} reports taken in, {known} known already, {refused} not usable.")
+    if refused:
+        raise typer.Exit(1)
+
+
+@cases_app.command("list")
+def cases_list(config: Config = HERE, as_json: Json = False) -> None:
+    """The cases, and what is open or in conflict, with the reason."""
+    from busgen_cds import learning_loop
+    from busgen_cds.flows import confirm_case
+
+    with _site(config) as site:
+        stations = learning_loop.case_stations(site)
+        outcomes = confirm_case.gather(stations)
+        kept = stations.book.listing()
+        reports = {o.study_ref: stations.book.pathology_of(o.study_ref) for o in outcomes if _conflict(o)}
+    if as_json:
+        doubts = [
+            {"study": o.study_ref, "finding": o.finding, "conflict": _conflict(o), "reason": o.found.reason}
+            for o in outcomes
+            if not isinstance(o.found, Known)
+        ]
+        cases = [vars(each) | {"made_at": each.made_at.isoformat()} for each in kept]
+        return out.print_json(json.dumps({"cases": cases, "doubts": doubts}))
+    table = Table("case", "study", "patient", "part", "truth", "category", "from", "on", "device")
+    for each in kept:
+        table.add_row(
+            each.ref[:8], each.study_ref[:8], each.patient[:8], each.part, each.pathology, each.birads or "–",
+            each.origin, each.confirmed_on, each.device or "–",
+        )  # fmt: skip
+    out.print(table)
+    _tell(outcomes)
+    for study_ref, found in reports.items():
+        for report in found:
+            out.print(f"  study {study_ref[:8]}: report {report.ref[:8]} says {report.pathology}, {report.reported_on}")
+    return None
+
+
+def _conflict(outcome: Outcome) -> bool:
+    return isinstance(outcome.found, Conflict)
+
+
+def _tell(outcomes: list[Outcome]) -> None:
+    for each in outcomes:
+        if not isinstance(each.found, Known):
+            kind = "CONFLICT" if _conflict(each) else "open"
+            text = f"{kind}  study {each.study_ref[:8]}, finding {each.finding or '–'}: {each.found.reason}"
+            out.print(text, soft_wrap=True, highlight=False)
+
+
+@cases_app.command("export")
+def cases_export(
+    to: Annotated[Path, typer.Argument(help="Folder; it must be empty.")],
+    config: Config = HERE,
+    part: Annotated[str, typer.Option(help="teach, test or all.")] = "teach",
+) -> None:
+    """Write de-identified cases as images, masks and a manifest that training reads."""
+    from busgen_cds import learning_loop
+    from busgen_cds.errors import Misconfigured
+
+    if to.exists() and any(to.iterdir()):
+        raise Misconfigured(f"{to} is not empty: name another folder.")
+    with _site(config) as site:
+        book = learning_loop.casebook(site)
+        chosen = [each for each in book.listing() if part in ("all", each.part)]
+        learning_loop.write_cases(book, chosen, to)
+    out.print(f"{len(chosen)} cases in {to}. Look at each image before any leaves the site.", soft_wrap=True)
+
+
+@cases_app.command("withdraw-report")
+def cases_withdraw(
+    report: Annotated[str, typer.Argument(help="Reference of a pathology report, as `cases list` shows it.")],
+    config: Config = HERE,
+    who: Annotated[str, typer.Option(help="Who asks; it is recorded.")] = "operator",
+) -> None:
+    """Say that a pathology report does not hold; conflicts that it made are looked at again."""
+    from busgen_cds import learning_loop
+    from busgen_cds.flows import confirm_case
+
+    with _site(config) as site:
+        stations = learning_loop.case_stations(site)
+        done = stations.book.withdraw(report, who=who)
+        confirm_case.gather(stations)
+    out.print("Withdrawn." if done else "There is no such report that stands.")

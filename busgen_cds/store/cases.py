@@ -141,6 +141,11 @@ class Cases:
         with self._database.reading() as session:
             return tuple(Said(row.ref, self._word(row), row.at) for row in session.execute(query))
 
+    def studies(self) -> set[str]:
+        """Those of which anything was said."""
+        with self._database.reading() as session:
+            return set(session.execute(sa.select(_words.c.study_ref).distinct()).scalars())
+
     def last_words(self, study_ref: str, revision: int) -> dict[int, Said]:
         """By finding: what counts."""
         return {said.word.finding: said for said in self.words(study_ref, revision)}

@@ -1,0 +1,185 @@
+"""A reader's word, a final report and pathology make cases in which nobody can be found."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import pytest
+from pydicom.dataset import Dataset, FileMetaDataset
+
+from busgen_cds import learning_loop
+from busgen_cds.arrival import Arrival, Peek
+from busgen_cds.flows import confirm_case
+from busgen_cds.pathology import Report
+from busgen_cds.store.casebook import Casebook
+from busgen_cds.store.cases import Word
+from busgen_cds.truth import Conflict, Known, Open
+from tests.images import breast_study
+from tests.web.practice import Practice, Says
+
+
+class Site(Practice):
+    @property
+    def stations(self) -> confirm_case.Stations:
+        return confirm_case.Stations(self.inbox, self.results, self.cases, self.book, self.clock)
+
+    @property
+    def book(self) -> Casebook:
+        return Casebook(self.database, self.vault, self.clock)
+
+    def study(self, seed: int, says: Says, patient: str = "") -> str:
+        ref = self.receives(breast_study(1, seed=seed, patient_id=patient or f"PAT-{seed}"))
+        self.answers(ref, says)
+        return ref
+
+    def says(self, ref: str, word: str, finding: int = 1, findings: int = 1, **more: object) -> None:
+        self.cases.say(Word(ref, 1, finding, word, "dr. ruth", **more), findings=findings)  # type: ignore[arg-type]
+
+    def proves(self, ref: str, pathology: str, patient: str = "") -> None:
+        who = patient or self.patient(ref)
+        self.book.receive(Report(f"ACC-{ref[:6]}", who, pathology, "2026-03-04"), who="lab")  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Site]:
+    made = Site(tmp_path)
+    yield made
+    made.close()
+
+
+def test_an_agreed_finding_becomes_a_sealed_case_once(site: Site) -> None:
+    """A reader who agrees makes a case with the outline, the category and the bundle that had said so."""
+    ref = site.study(1, Says("5"))
+    site.says(ref, "agree")
+    (outcome,) = confirm_case.gather(site.stations)
+    assert outcome.found == Known("malignant", "reader") and outcome.changed
+    assert not confirm_case.gather(site.stations)[0].changed  # doing it again changes nothing
+    (listed,) = site.book.listing()
+    case = site.book.open(listed.ref)
+    assert case.mask is not None and 0.001 < case.mask.mean() < 0.5 and case.mask.shape == case.tissue.shape
+    assert (case.pathology, case.birads, case.word) == ("malignant", "5", "agree")
+    assert case.said_by is not None and case.said_by.version == "1.2"
+    stored = (site.folder / "site.sqlite").read_bytes() + (site.folder / "site.sqlite-wal").read_bytes()
+    assert case.tissue.tobytes()[5000:5400] not in stored
+
+
+def test_no_name_and_no_writing_is_in_a_case(site: Site, tmp_path: Path) -> None:
+    """A case holds the tissue alone: no id, and nothing of the header's text or margins."""
+    ref = site.study(2, Says("3"), patient="MUSTERMANN-77")
+    site.says(ref, "agree")
+    confirm_case.gather(site.stations)
+    folder = learning_loop.write_cases(site.book, site.book.listing(), tmp_path / "out")
+    everything = b"".join(path.read_bytes() for path in sorted(folder.iterdir()))
+    assert b"MUSTERMANN" not in everything and ref.encode() not in everything
+    case = site.book.open(site.book.listing()[0].ref)
+    assert case.tissue.shape[0] < 600 and case.tissue.shape[1] < 800
+    assert not np.any(np.asarray(case.tissue) > 250)  # burned-in marks are near white
+
+
+def test_pathology_settles_what_a_category_leaves_open(site: Site) -> None:
+    """A 4A waits; pathology that names accession number and patient makes it a case."""
+    ref = site.study(3, Says("4A"))
+    site.says(ref, "agree")
+    assert isinstance(confirm_case.gather(site.stations)[0].found, Open)
+    site.proves(ref, "malignant")
+    assert confirm_case.gather(site.stations)[0].found == Known("malignant", "pathology")
+
+
+def test_pathology_of_another_patient_is_shown_and_not_used(site: Site) -> None:
+    """An accession number alone matches nobody: the stranger is a conflict."""
+    ref = site.study(4, Says("4A"))
+    site.proves(ref, "malignant", patient="SOMEBODY-ELSE")
+    found = [outcome.found for outcome in confirm_case.gather(site.stations)]
+    assert any(isinstance(each, Conflict) and "another patient" in each.reason for each in found)
+    assert site.book.listing() == []
+
+
+def test_a_conflict_takes_the_case_back_until_a_person_settles_it(site: Site) -> None:
+    """A case whose truth is in doubt again is dropped; another word or a withdrawn report settles it."""
+    ref = site.study(5, Says("3"))
+    site.says(ref, "agree")
+    confirm_case.gather(site.stations)
+    site.proves(ref, "malignant")
+    (outcome,) = confirm_case.gather(site.stations)
+    assert isinstance(outcome.found, Conflict) and outcome.changed and site.book.listing() == []
+    site.says(ref, "edit", birads="5")
+    assert confirm_case.gather(site.stations)[0].found == Known("malignant", "pathology")
+    report = site.book.pathology_of(ref)[0].ref
+    assert site.book.withdraw(report[:8], who="ruth") and not site.book.withdraw(report, who="ruth")
+    assert confirm_case.gather(site.stations)[0].found == Known("malignant", "reader")
+    assert ("case dropped", "case maker") in site.acts("case")
+
+
+def test_an_edited_contour_is_the_mask(site: Site) -> None:
+    """What the reader drew counts, not what was said before."""
+    ref = site.study(6, Says("5"))
+    square = ((300.0, 200.0), (400.0, 200.0), (400.0, 260.0), (300.0, 260.0))
+    site.says(ref, "edit", contour=square)
+    confirm_case.gather(site.stations)
+    case = site.book.open(site.book.listing()[0].ref)
+    assert case.mask is not None and abs(int(case.mask.sum()) - 101 * 61) < 10
+
+
+def test_a_rejected_finding_makes_a_normal_frame(site: Site) -> None:
+    """A rejection that says there is no lesion is a normal case without a mask."""
+    ref = site.study(7, Says("4B"))
+    site.says(ref, "reject", reason="normal structure")
+    confirm_case.gather(site.stations)
+    (listed,) = site.book.listing()
+    assert listed.pathology == "normal" and site.book.open(listed.ref).mask is None
+
+
+def test_nothing_found_and_agreed_is_a_normal_case(site: Site) -> None:
+    """Where nothing was found, a reader who agrees makes a normal case."""
+    ref = site.study(8, Says(None))
+    site.says(ref, "agree", finding=0, findings=0)
+    assert confirm_case.gather(site.stations)[0].found == Known("normal", "reader")
+
+
+def test_a_patient_stays_on_one_side_for_ever(site: Site) -> None:
+    """Patients are split once: the same patient's later studies, and another process, find the same side."""
+    sides = {f"p{i}": site.book.part_of(f"p{i}") for i in range(200)}
+    assert {name: Casebook(site.database, site.vault).part_of(name) for name in sides} == sides
+    assert 0.2 < sum(side == "test" for side in sides.values()) / len(sides) < 0.4
+    for seed in (20, 21):
+        site.says(site.study(seed, Says("5"), patient="SAME"), "agree")
+    confirm_case.gather(site.stations)
+    assert len({(each.patient, each.part) for each in site.book.listing()}) == 1
+
+
+def _final_report(study: bytes, category: str, verified: str = "VERIFIED") -> tuple[bytes, Arrival, Peek]:
+    of = pydicom.dcmread(io.BytesIO(study), stop_before_pixels=True)
+    ds = Dataset()
+    ds.SOPClassUID, ds.SOPInstanceUID = "1.2.840.10008.5.1.4.1.1.88.33", "2.25.7788"
+    ds.StudyInstanceUID, ds.SeriesInstanceUID, ds.PatientID = of.StudyInstanceUID, "2.25.7789", of.PatientID
+    ds.Modality, ds.Manufacturer, ds.ValueType = "SR", "RIS", "CONTAINER"
+    ds.CompletionFlag, ds.VerificationFlag = "COMPLETE", verified
+    item, code = Dataset(), Dataset()
+    code.CodeValue, code.CodingSchemeDesignator, code.CodeMeaning = category, "SCT", "category"
+    item.ValueType, item.RelationshipType, item.ConceptCodeSequence = "CODE", "CONTAINS", [code]
+    ds.ContentSequence = [item]
+    ds.file_meta = FileMetaDataset()
+    ds.file_meta.TransferSyntaxUID = "1.2.840.10008.1.2.1"
+    buffer = io.BytesIO()
+    ds.save_as(buffer, enforce_file_format=True)
+    arrival = Arrival("RIS", "127.0.0.1", ds.SOPClassUID, ds.SOPInstanceUID, "1.2.840.10008.1.2.1")
+    peek = Peek(
+        str(ds.StudyInstanceUID), "2.25.7789", str(ds.SOPClassUID), "2.25.7788", str(ds.PatientID), "", "SR"
+    )  # fmt: skip
+    return buffer.getvalue(), arrival, peek
+
+
+@pytest.mark.parametrize(("verified", "expected"), [("VERIFIED", Known("malignant", "report")), ("UNVERIFIED", Open)])
+def test_a_radiologists_verified_report_is_heard(site: Site, verified: str, expected: object) -> None:
+    """A final SR received by DICOM states the truth of a study with one finding; an unverified one does not."""
+    study = breast_study(1, seed=30, patient_id="PAT-30")
+    ref = site.receives(study)
+    site.answers(ref, Says("4C"))
+    data, arrival, peek = _final_report(study[0], "397145000", verified)
+    site.inbox.keep(arrival, peek, [data])
+    (outcome,) = confirm_case.gather(site.stations, [ref])
+    assert outcome.found == expected or (isinstance(expected, type) and isinstance(outcome.found, expected))
