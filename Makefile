@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check -q
 LOCKS  := deploy/locks
 
-.PHONY: demo test check lint lock bench clean
+.PHONY: demo test check lint lock bench explore scan sbom release-notes clean
 
 demo: $(VENV)/.clinic
 	$(BIN)/busgen-cds demo $(ARGS)
@@ -22,6 +22,22 @@ lint: $(VENV)/.test
 
 bench: $(VENV)/.test
 	$(BIN)/python -m tests.bench $(ARGS)
+
+# The whole API by its own description; a slice of it is among the tests.
+explore: $(VENV)/.test
+	$(BIN)/python -m tests.web.explore $(ARGS)
+
+# Secrets in what would be published, and known weaknesses of what is locked: the second needs the network, and says
+# so by exit code 3 where there is none.
+scan: $(VENV)/.test
+	$(BIN)/python deploy/scan_secrets.py
+	$(BIN)/python deploy/scan_dependencies.py $(ARGS)
+
+sbom: $(VENV)/.clinic
+	@$(BIN)/busgen-cds sbom $(ARGS)
+
+release-notes: $(VENV)/.test
+	$(BIN)/python deploy/release_notes.py $(ARGS)
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -40,9 +56,9 @@ $(VENV)/.test: $(VENV)/.clinic $(LOCKS)/test.txt
 # Both locks are made together so that a package has one version in both.
 lock: | $(BIN)/python
 	$(PIP) install pip-tools torch==2.13.0
-	$(BIN)/pip-compile -q --strip-extras --generate-hashes --no-emit-index-url --no-emit-trusted-host --no-allow-unsafe --no-header \
+	$(BIN)/pip-compile -q --strip-extras --generate-hashes --no-emit-index-url --no-emit-trusted-host --no-emit-find-links --no-allow-unsafe --no-header \
 	  --extra train --extra test --unsafe-package torch -o $(LOCKS)/test.txt pyproject.toml
-	$(BIN)/pip-compile -q --strip-extras --generate-hashes --no-emit-index-url --no-emit-trusted-host --no-allow-unsafe --no-header \
+	$(BIN)/pip-compile -q --strip-extras --generate-hashes --no-emit-index-url --no-emit-trusted-host --no-emit-find-links --no-allow-unsafe --no-header \
 	  -c $(LOCKS)/test.txt -o $(LOCKS)/clinic.txt pyproject.toml
 
 clean:

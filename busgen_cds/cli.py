@@ -175,6 +175,24 @@ def check(config: Config = HERE, as_json: Json = False) -> None:
         raise typer.Exit(1)
 
 
+@app.command()
+def sbom(
+    to: Annotated[Path | None, typer.Option("--out", help="File to write; unset: standard output.")] = None,
+    extra: Annotated[list[str] | None, typer.Option(help="Also what this extra needs: train, test or gpu.")] = None,
+) -> None:
+    """What this installation is made of: a software bill of materials (CycloneDX JSON)."""
+    from busgen_cds import app as house
+    from busgen_cds import supply
+
+    opened = [house.open_bundle(folder).name for folder in house.shipped_bundles()]
+    names = [{"name": each.name, "version": each.version, "digest": each.digest} for each in opened]
+    text = supply.bill(names, extras=extra or ())
+    if to:
+        to.write_text(text)
+    else:
+        sys.stdout.write(text)
+
+
 # ---- Serving
 
 

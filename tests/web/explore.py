@@ -129,7 +129,7 @@ def _try(strategy: Any, found: Explored, examples: int, start: int) -> None:
     )
     @given(case=strategy)
     def one(case: Any) -> None:
-        answer = case.call()
+        answer = case.call(timeout=60)
         found.note(case, answer.status_code)
         try:
             case.validate_response(answer, checks=CHECKS)
