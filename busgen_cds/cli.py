@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import busgen_cds
-from busgen_cds import laboratory, settings
+from busgen_cds import custody, laboratory, settings
 from busgen_cds.errors import Misconfigured, Transient, Untrusted
 
 if TYPE_CHECKING:
@@ -35,10 +35,10 @@ app = typer.Typer(
     help="Decision support for breast ultrasound, between scanner and PACS. Research software, not a diagnosis.",
 )
 results_app = typer.Typer(no_args_is_help=True, help="What was said, and what became of it.")
-audit_app = typer.Typer(no_args_is_help=True, help="The record of acts.")
 bundle_app = typer.Typer(no_args_is_help=True, help="The bundles at hand, and whether their signatures hold.")
 app.add_typer(results_app, name="results")
-app.add_typer(audit_app, name="audit")
+app.add_typer(custody.audit_app, name="audit")
+app.add_typer(custody.keys_app, name="keys")
 app.add_typer(bundle_app, name="bundle")
 
 console = Console(stderr=True)
@@ -54,6 +54,7 @@ HERE = Path(settings.FILE)
 def main() -> None:
     """Run a verb; say what went wrong in a sentence, and exit as the rules above say."""
     app.registered_commands += laboratory.app.registered_commands
+    app.registered_commands += custody.app.registered_commands
     try:
         app()
     except Misconfigured as wrong:
@@ -433,17 +434,6 @@ def bundle_verify(folder: Annotated[Path | None, typer.Argument(help="Unset: the
 
     opened = house.open_bundle(folder)
     out.print(f"{opened.name.name} {opened.name.version}: signature and files hold. {opened.digest}", soft_wrap=True)
-
-
-@audit_app.command("verify")
-def audit_verify(config: Config = HERE) -> None:
-    """Does the chain of acts hold? Names the first entry that does not."""
-    from busgen_cds.store import audit
-
-    verdict = audit.verify(_open(config).database)
-    out.print(str(verdict), soft_wrap=True)
-    if not verdict.sound:
-        raise typer.Exit(1)
 
 
 # ---- Printing

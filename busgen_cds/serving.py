@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from busgen_cds import app, web
+from busgen_cds import app, housekeeping, web
 from busgen_cds import pages as pages_of
 from busgen_cds.settings import Settings
 
@@ -68,7 +68,8 @@ def reading(chosen: Settings, name: str = "") -> Iterator[app.Site]:
         bundle = reader.engine.bundle
         log.info("Worker %s reads with %s %s on %s.", hand.name, bundle.name, bundle.version, reader.engine.provider)
         try:
-            yield site
+            with housekeeping.kept(site):
+                yield site
         finally:
             hand.stop()
 

@@ -1,0 +1,308 @@
+"""The verbs of whoever answers for the data: the record of acts, the keys, and what is let go.
+
+Rules:
+- Exit codes and `--json` as everywhere (see `cli`): 1 when the record or a proof does not hold.
+- Whoever reads the record out, lets go or changes keys stands in the record: the account that runs the program.
+- No name of a patient is printed; a study is named by its reference, or found by an identifier that is given.
+"""
+
+from __future__ import annotations
+
+import getpass
+import json
+import sys
+import time
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from busgen_cds import settings
+from busgen_cds.errors import Misconfigured
+
+if TYPE_CHECKING:
+    from busgen_cds.app import Site
+    from busgen_cds.store.audit import Wanted
+
+app = typer.Typer()
+audit_app = typer.Typer(no_args_is_help=True, help="The record of acts.")
+keys_app = typer.Typer(no_args_is_help=True, help="The site key.")
+out = Console()
+
+Config = Annotated[
+    Path, typer.Option("--config", "-c", envvar="BUSGEN_CDS_CONFIG", help="The site's settings file, or its folder.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+Who = Annotated[str, typer.Option(help="Only what this account, AE title or part of the program did.")]
+Kind = Annotated[str, typer.Option(help="Only acts whose kind begins like this.")]
+Study = Annotated[str, typer.Option(help="Only this study: our reference, Study Instance UID or accession number.")]
+Patient = Annotated[str, typer.Option(help="Only the studies of this patient id.")]
+Since = Annotated[str, typer.Option(help="From this day on, as 2026-01-31.")]
+Until = Annotated[str, typer.Option(help="Up to and with this day.")]
+HERE = Path(settings.FILE)
+
+
+def me() -> str:
+    """Who runs this program."""
+    return f"{getpass.getuser()} (command line)"
+
+
+# ---- The record of acts
+
+
+@audit_app.command("show")
+def show(
+    config: Config = HERE,
+    who: Who = "",
+    kind: Kind = "",
+    study: Study = "",
+    patient: Patient = "",
+    since: Since = "",
+    until: Until = "",
+    limit: int = 50,
+    as_json: Json = False,
+) -> None:
+    """The latest acts, newest first."""
+    from busgen_cds.store import audit
+
+    site = _open(config)
+    wanted = _wanted(site, who, kind, study, patient, since, until)
+    found = list(audit.entries(site.database, wanted, limit=limit, newest_first=True))
+    if as_json:
+        return print_json([json.loads(each.line()) for each in found])
+    rows = []
+    for each in found:
+        at, act = f"{each.at.astimezone():%Y-%m-%d %H:%M:%S}", each.act
+        rows.append((each.number, at, act.kind, act.who, act.what, (act.study_ref or "")[:8]))
+    return table(("number", "at", "kind", "who", "what", "study"), rows)
+
+
+@audit_app.command("export")
+def export(
+    to: Annotated[Path, typer.Argument(help="The file to write; - for standard output.")],
+    config: Config = HERE,
+    who: Who = "",
+    kind: Kind = "",
+    study: Study = "",
+    patient: Patient = "",
+    since: Since = "",
+    until: Until = "",
+) -> None:
+    """Acts as they are hashed, oldest first, one JSON object a line. That they were read out is an act."""
+    from busgen_cds.store import audit
+
+    site = _open(config)
+    wanted = _wanted(site, who, kind, study, patient, since, until)
+    with site.database.transaction() as session:
+        audit.record(session, audit.Act("record exported", me(), ""))
+    if str(to) == "-":
+        sys.stdout.writelines(each.line().decode() for each in audit.entries(site.database, wanted))
+        return
+    count = 0
+    with to.open("xb") as file:
+        for each in audit.entries(site.database, wanted):
+            file.write(each.line())
+            count += 1
+    out.print(f"{count} acts in {to}", soft_wrap=True)
+
+
+@audit_app.command("verify")
+def verify(
+    config: Config = HERE,
+    checkpoints: Annotated[
+        list[Path] | None, typer.Option(help="Checkpoints, or a folder of them; unset: the settings' folder.")
+    ] = None,
+    key: Annotated[Path | None, typer.Option(help="The record's public key; unset: beside the checkpoints.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Does the chain of acts hold, and does it reach as far as its checkpoints say? Names the first bad entry."""
+    from busgen_cds.store import audit
+    from busgen_cds.store import checkpoints as points
+
+    site = _open(config)
+    folder = _checkpoint_folder(site)
+    where = checkpoints or ([folder] if folder and points.newest(folder) else [])
+    known = points.read(where, key)
+    verdict = audit.verify(site.database, known)
+    if as_json:
+        print_json({**vars(verdict), "sound": verdict.sound, "checkpoints": len(known)})
+    else:
+        against = f"{len(known)} checkpoints" if known else "no checkpoint: a cut tail would not show"
+        held = f"The record holds: {verdict.entries} entries, against {against}."
+        out.print(held if verdict.sound else f"The record does not hold. {verdict.reason}", soft_wrap=True)
+    if not verdict.sound:
+        raise typer.Exit(1)
+
+
+@audit_app.command("checkpoint")
+def checkpoint(
+    config: Config = HERE,
+    to: Annotated[Path | None, typer.Option(help="Folder; unset: the settings' record.checkpoints.")] = None,
+) -> None:
+    """Write a signed statement of how far the record goes now: keep it where this machine cannot rewrite it."""
+    from busgen_cds.store import checkpoints as points
+
+    site = _open(config)
+    folder = to or _checkpoint_folder(site)
+    if folder is None:
+        raise Misconfigured("Say where: --to FOLDER, or set record.checkpoints.")
+    key = points.signer(site.settings.path(site.settings.record.key))
+    out.print(f"Written: {points.export(site.database, folder, key)}", soft_wrap=True)
+
+
+def _wanted(site: Site, who: str, kind: str, study: str, patient: str, since: str, until: str) -> Wanted:
+    from busgen_cds.store.audit import Wanted
+    from busgen_cds.store.worklist import Worklist
+
+    named = study or patient
+    refs = Worklist(site.database, site.vault).studies_of(named) if named else None
+    end = day(until) + timedelta(days=1) if until else None
+    return Wanted(who, kind, refs, day(since) if since else None, end)
+
+
+def day(text: str) -> datetime:
+    try:
+        return datetime.fromisoformat(text).astimezone(UTC)
+    except ValueError as broken:
+        raise Misconfigured(f"{text!r} is not a day: write 2026-01-31.") from broken
+
+
+def _checkpoint_folder(site: Site) -> Path | None:
+    folder = site.settings.record.checkpoints
+    return site.settings.path(folder) if folder else None
+
+
+# ---- Keys
+
+
+@keys_app.command("rotate")
+def rotate(
+    config: Config = HERE,
+    new: Annotated[bool, typer.Option(help="Make a new key first; --no-new goes on with a change begun.")] = True,
+) -> None:
+    """Change the site key while the site runs. The older key stays in use until `keys retire`."""
+    from busgen_cds import app as house
+    from busgen_cds.store import rotation, vault
+
+    chosen = settings.read(_file(config))
+    source = vault.key_source(house.anchored(chosen, chosen.storage.key))
+    if isinstance(source, vault.KeyFile):
+        if new:
+            source.put_first(vault.new_key())
+            time.sleep(3 * vault.LOOK_SECONDS)  # until every running process has both
+    elif len(source.keys()) < 2:
+        raise Misconfigured(
+            f"{chosen.storage.key} gives one key: let it give the new one before the older one, start every process "
+            "again, one after the other, and come back."
+        )
+    with house.opened_site(chosen) as site:
+        done = rotation.rotate(site.database, site.vault, me())
+    out.print(f"{done.rows} rows were brought over to the new key.", soft_wrap=True)
+    if done.left:
+        out.print(f"These still need the older key, so keep it: {', '.join(done.left)}.", soft_wrap=True)
+    else:
+        out.print("Nothing needs the older key any more, except older backups: `busgen-cds keys retire`.")
+
+
+@keys_app.command("retire")
+def retire(config: Config = HERE) -> None:
+    """Take the older keys out of the key file, when nothing needs them any more."""
+    from busgen_cds import app as house
+    from busgen_cds.store import audit, rotation, vault
+
+    chosen = settings.read(_file(config))
+    source = vault.key_source(house.anchored(chosen, chosen.storage.key))
+    if not isinstance(source, vault.KeyFile):
+        raise Misconfigured(f"The keys come from {chosen.storage.key}: take the older one away there.")
+    with house.opened_site(chosen) as site:
+        if left := rotation.left(site.database, site.vault):
+            raise Misconfigured(f"The older key is still needed for {', '.join(left)}: run `busgen-cds keys rotate`.")
+        gone = source.retire()
+        with site.database.transaction() as session:
+            audit.record(session, audit.Act("older site keys retired", me(), "", detail={"keys": gone}))
+    out.print(f"{gone} older keys were taken away." if gone else "There was no older key.")
+
+
+# ---- Letting go
+
+
+@app.command()
+def shred(
+    study: Annotated[str, typer.Argument(help="Our reference of the study, or its Study Instance UID.")],
+    config: Config = HERE,
+    insist: Annotated[bool, typer.Option("--insist", help="Also when something of it is not delivered yet.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Let a study go for good: destroy its key, and prove that it cannot be read any more."""
+    site = _open(config)
+    ref = _study_ref(site, study)
+    if not yes:
+        typer.confirm(f"Shred study {ref}? No copy of it here can be read afterwards.", abort=True)
+    against = _letting(site).shred(ref, me(), insist=insist)
+    if against:
+        out.print(f"The proof fails: {'; '.join(against)}.", soft_wrap=True)
+        raise typer.Exit(1)
+    out.print(f"Study {ref} is shredded: its key, images, results, objects and names are gone.", soft_wrap=True)
+
+
+@app.command()
+def retention(
+    config: Config = HERE,
+    now: Annotated[bool, typer.Option("--now", help="Apply the rules now; a running site does so every hour.")] = False,
+    as_json: Json = False,
+) -> None:
+    """How long each kind of study is kept here, and what the rules would let go."""
+    from busgen_cds import housekeeping
+    from busgen_cds.store.retention import overview
+
+    site = _open(config)
+    if now:
+        done = housekeeping.let_go(site)
+        return out.print(f"Let go: {len(done.studies)} studies, {len(done.quarantined)} set-aside objects.")
+    rows = list(overview(site.database, housekeeping.kept_for(site.settings), datetime.now(UTC)))
+    if as_json:
+        return print_json([{"kind": kind, "kept": kept, "due": count} for kind, kept, count in rows])
+    return table(("kind", "kept for", "to let go now"), rows)
+
+
+def _study_ref(site: Site, named: str) -> str:
+    from busgen_cds.store.worklist import Worklist
+
+    with site.database.reading() as session:
+        refs = list(session.execute(Worklist(site.database, site.vault).studies_of(named)).scalars())
+    if len(refs) != 1:
+        raise Misconfigured(f"{len(refs)} studies are named {named!r}: give the reference, from the worklist.")
+    return str(refs[0])
+
+
+def _letting(site: Site) -> Any:
+    from busgen_cds.store.retention import Letting
+
+    return Letting(site.inbox, site.database, site.vault)
+
+
+# ---- Inside
+
+
+def _open(config: Path) -> Site:
+    from busgen_cds import app as house
+
+    return house.open_site(settings.read(_file(config)))
+
+
+def _file(config: Path) -> Path:
+    return config / settings.FILE if config.is_dir() else config
+
+
+def print_json(document: Any) -> None:
+    sys.stdout.write(json.dumps(document, indent=1, default=str) + "\n")
+
+
+def table(heads: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
+    made = Table(*heads, box=None, header_style="bold")
+    for row in rows:
+        made.add_row(*(str(cell) for cell in row))
+    out.print(made)
