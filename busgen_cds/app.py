@@ -20,7 +20,7 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
-from busgen_cds import bundle, settings, signing
+from busgen_cds import bundle, drift, settings, signing
 from busgen_cds.bundle import Bundle
 from busgen_cds.dicom import files, intake, objects, outbox
 from busgen_cds.dicom.association import CommitmentReport, CommitmentRequest, Noted, Peer, Rules
@@ -32,19 +32,23 @@ from busgen_cds.errors import Misconfigured
 from busgen_cds.flows import desk, read_files, services
 from busgen_cds.flows.desk import Desk
 from busgen_cds.flows.services import Services, Waits
+from busgen_cds.flows.shadow import Companion
+from busgen_cds.flows.watch import Watch
 from busgen_cds.flows.worker import Worker
 from busgen_cds.result import Kind, Rendered, Result
 from busgen_cds.settings import Settings
 from busgen_cds.store import audit, database, shelf, site_keys, vault
 from busgen_cds.store.database import Database
+from busgen_cds.store.drift import Drift
 from busgen_cds.store.inbox import Inbox
 from busgen_cds.store.jobs import Jobs
 from busgen_cds.store.results import Previous, Results
+from busgen_cds.store.shadow import Shadow
 from busgen_cds.store.shelf import Shelf, Standing
 from busgen_cds.store.vault import Vault
 from busgen_cds.study import Study
 from busgen_cds.vision import assess, engine
-from busgen_cds.vision.engine import Device, Engine
+from busgen_cds.vision.engine import Device, Engine, Reading
 from busgen_cds.vision.live import Live
 
 RELEASE_KINDS = frozenset({bundle.KIND})
@@ -114,6 +118,12 @@ def open_shelf(chosen: Settings, opened: Database) -> Shelf:
     return Shelf(folder, opened, site_verifier(chosen), home=home, release=release_verifier())
 
 
+def open_drift(chosen: Settings, opened: Database) -> Drift:
+    said = chosen.drift
+    limits = drift.Limits(said.least_studies, said.scores, said.categories, said.declines, said.images)
+    return Drift(opened, limits, said.reference_studies)
+
+
 def night_signer(chosen: Settings) -> signing.KeySigner:
     """Who puts bundles onto the shelf."""
     return site_keys.night(chosen.path(chosen.models.night_key))
@@ -174,6 +184,8 @@ class Site:
     jobs: Jobs
     desk: Desk
     shelf: Shelf
+    shadow: Shadow
+    drift: Drift
 
     def close(self) -> None:
         self.desk.close()
@@ -224,6 +236,8 @@ def open_site(chosen: Settings) -> Site:
         jobs,
         Desk(workflows, results, jobs, waits(chosen)),
         open_shelf(chosen, opened),
+        Shadow(opened),
+        open_drift(chosen, opened),
     )
 
 
@@ -294,22 +308,52 @@ def _listener_tls(chosen: Settings, tls: settings.Tls) -> Tls:
     return Tls(certificate, key, authority, tls.port)
 
 
+class _InShadow:
+    """An engine of a bundle in shadow: one thread, and nothing but answers."""
+
+    def __init__(self, site: Site, digest: str) -> None:
+        self._prevalence = site.settings.site.prevalence
+        self._engine = engine.open(site.shelf.open(digest), site.settings.reader.device, threads=1)
+
+    def read(self, study: Study) -> Result:
+        return assess.assess(study, self._engine, prevalence=self._prevalence, clock=time.monotonic)
+
+    def close(self) -> None:
+        self._engine.close()
+
+
+def companion(site: Site) -> Companion:
+    return Companion(site.shelf, site.shadow, partial(_InShadow, site))
+
+
 def worker(site: Site, reader: Live, *, name: str = "") -> Worker:
     return Worker(
         stations(site, reader),
         workflows_url=workflows_url(site.settings),
         name=name or f"{socket.gethostname()}-worker",
         readings=site.settings.reader.jobs,
+        companion=companion(site),
     )
 
 
 def stations(site: Site, reader: Live) -> Services:
     chosen = site.settings
 
+    watch = Watch(site.drift, lambda: reader.engine.bundle.digest)
+
     def read(study: Study, revision: int) -> Result:
-        stated = chosen.site.prevalence
-        with reader.for_a_study() as engine:
-            return assess.assess(study, engine, prevalence=stated, revision=revision, clock=time.monotonic)
+        heard: list[Reading] = []
+        with reader.for_a_study() as used:
+            result = assess.assess(
+                study,
+                used,
+                prevalence=chosen.site.prevalence,
+                revision=revision,
+                clock=time.monotonic,
+                heard=heard.append,
+            )
+            watch.saw(result, [used.gate.whitened(reading.embedding) for reading in heard])
+        return result
 
     profile = _profile(chosen)
 
@@ -325,6 +369,7 @@ def stations(site: Site, reader: Live) -> Services:
         assess=read,
         render=render,
         follow=reader.follow,
+        watch=watch,
         destinations=tuple(_destination(chosen, each) for each in chosen.destinations),
         query_node=node(chosen, chosen.study.query_node) if chosen.study.query_node else None,
         waits=waits(chosen),

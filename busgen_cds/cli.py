@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import busgen_cds
-from busgen_cds import custody, laboratory, settings
+from busgen_cds import custody, laboratory, settings, shelf_verbs, site_verbs
 from busgen_cds.errors import Misconfigured, Transient, Untrusted
 
 if TYPE_CHECKING:
@@ -35,11 +35,11 @@ app = typer.Typer(
     help="Decision support for breast ultrasound, between scanner and PACS. Research software, not a diagnosis.",
 )
 results_app = typer.Typer(no_args_is_help=True, help="What was said, and what became of it.")
-bundle_app = typer.Typer(no_args_is_help=True, help="The bundles at hand, and whether their signatures hold.")
 app.add_typer(results_app, name="results")
 app.add_typer(custody.audit_app, name="audit")
 app.add_typer(custody.keys_app, name="keys")
-app.add_typer(bundle_app, name="bundle")
+app.add_typer(site_verbs.cases_app, name="cases")
+app.add_typer(shelf_verbs.app, name="bundle")
 
 console = Console(stderr=True)
 out = Console()
@@ -53,7 +53,7 @@ HERE = Path(settings.FILE)
 
 def main() -> None:
     """Run a verb; say what went wrong in a sentence, and exit as the rules above say."""
-    app.registered_commands += laboratory.app.registered_commands
+    app.registered_commands += laboratory.app.registered_commands + site_verbs.app.registered_commands
     app.registered_commands += custody.app.registered_commands
     try:
         app()
@@ -406,34 +406,6 @@ def queue(
         return _print_json(waiting)
     columns = ("what", "ref", "state", "destination", "reason", "verb")
     return _table(columns, [[each[name] for name in columns] for each in waiting])
-
-
-@bundle_app.command("list")
-def bundle_list(as_json: Json = False) -> None:
-    """The bundles shipped with the product."""
-    from busgen_cds import app as house
-
-    opened = [house.open_bundle(folder) for folder in house.shipped_bundles()]
-    if as_json:
-        return _print_json([{"name": b.name.name, "version": b.name.version, "digest": b.digest} for b in opened])
-    return _table(("name", "version", "digest"), [(b.name.name, b.name.version, b.digest) for b in opened])
-
-
-@bundle_app.command("show")
-def bundle_show(folder: Annotated[Path | None, typer.Argument(help="Unset: the one shipped.")] = None) -> None:
-    """A bundle's model card."""
-    from busgen_cds import app as house
-
-    out.print(house.open_bundle(folder).files["card.md"].decode(), markup=False, highlight=False)
-
-
-@bundle_app.command("verify")
-def bundle_verify(folder: Annotated[Path | None, typer.Argument(help="Unset: the one shipped.")] = None) -> None:
-    """Check signature, files and versions."""
-    from busgen_cds import app as house
-
-    opened = house.open_bundle(folder)
-    out.print(f"{opened.name.name} {opened.name.version}: signature and files hold. {opened.digest}", soft_wrap=True)
 
 
 # ---- Printing

@@ -182,6 +182,7 @@ def services(
     waits: Waits = QUICK,
     query_node: Any = None,
     follow: Callable[[], bool] = lambda: False,
+    watch: Any = None,
 ) -> Services:
     def render(study: Study, result: Result, replaced: Previous | None) -> tuple[Rendered, ...]:
         return objects.render(
@@ -192,6 +193,7 @@ def services(
     return Services(
         inbox=site.inbox, results=site.results, jobs=site.jobs, intake=intake.study, assess=reader, render=render,
         destinations=tuple(destinations), query_node=query_node, waits=waits, clock=site.clock, follow=follow,
+        watch=watch,
     )  # fmt: skip
 
 
@@ -204,6 +206,7 @@ class Hospital:
         self.reader: Any = Reader()
         self.destinations = [Destination(self.pacs.node)]
         self.query_node: Any = None
+        self.companion: Any = None
         self.worker: Worker | None = None
         self.listener: Listener | None = None
         self.scanner: Scanner = Scanner(0)
@@ -241,8 +244,9 @@ class Hospital:
             services(
                 self.site, reader=self.reader, destinations=self.destinations, waits=self.waits,
                 query_node=self.query_node, follow=getattr(self.reader, "follow", lambda: False),
+                watch=getattr(self.reader, "watch", None),
             ),
-            workflows_url=self.site.workflows_url, name=name,
+            workflows_url=self.site.workflows_url, name=name, companion=self.companion,
         )  # fmt: skip
         self.worker.start()
         return self.worker

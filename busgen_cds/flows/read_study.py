@@ -147,6 +147,8 @@ def _gather_and_keep(services: Services, study_ref: str, digest: str) -> str:
         accession_number=study.header.accession_number,
         session_also=lambda session: services.jobs.done(session, study_ref, digest, now_there),
     )
+    if services.watch is not None:
+        services.watch.count(study, result)
     return "kept"
 
 

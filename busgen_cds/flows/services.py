@@ -19,6 +19,7 @@ from sqlalchemy.exc import OperationalError
 
 from busgen_cds.dicom.outbox import Node
 from busgen_cds.errors import Misconfigured, Transient, Untrusted
+from busgen_cds.flows.watch import Watch
 from busgen_cds.result import Kind, Rendered, Result
 from busgen_cds.store.inbox import Inbox
 from busgen_cds.store.jobs import Jobs
@@ -61,6 +62,8 @@ class Waits:
     silent: float = 20.0  # a worker that has not spoken for so long is dead
     sweep: float = 30.0
     follow: float = 1.0  # how often it is looked which bundle is live
+    drift: float = 60.0  # how often it is looked whether what comes in drifts
+    shadow: float = 2.0  # how often it is looked what is left to read in shadow
     poll: float = 0.1  # how often queues are looked at: what the quickest study waits for
 
     def retry(self, tries: int) -> float:
@@ -77,6 +80,7 @@ class Services:
     assess: Callable[[Study, int], Result]  # with the revision that it will be
     render: Callable[[Study, Result, Previous | None], tuple[Rendered, ...]]  # and what it replaces
     follow: Callable[[], bool] = lambda: False  # use the bundle that is live now; True: that is another one
+    watch: Watch | None = None  # whether what comes in drifts
     destinations: tuple[Destination, ...] = ()
     query_node: Node | None = None
     waits: Waits = field(default_factory=Waits)

@@ -6,6 +6,7 @@ Rules:
 - At start, and every half minute, whatever was received and not read is put to work, and whatever is due and not on
   its way is sent.
 - Each worker looks every second which bundle is live, and reads the next study with that one.
+- A bundle in shadow reads along here, when nothing else is to be read.
 - Each worker says in our own database that it is alive. A living one takes over the workflows of one that fell silent.
 - DBOS keeps its own database, apart from ours, and tells nobody about us: no telemetry, no console, no admin server.
 """
@@ -23,6 +24,7 @@ from busgen_cds.errors import Misconfigured, Untrusted
 from busgen_cds.flows import deliver, desk, read_study, services
 from busgen_cds.flows.desk import APPLICATION, COMPLETE, DELIVER, READ, SHAPE, Desk
 from busgen_cds.flows.services import Services, log
+from busgen_cds.flows.shadow import Companion
 
 _FLOWS = (read_study.complete_study, read_study.read_study, deliver.deliver_result)  # registered by being imported
 _LATELY = timedelta(days=2)
@@ -34,9 +36,16 @@ class Worker:
     """One at a time in a process: DBOS knows no more."""
 
     def __init__(
-        self, stations: Services, *, workflows_url: str, name: str, readings: int = 1, deliveries: int = 4
+        self,
+        stations: Services,
+        *,
+        workflows_url: str,
+        name: str,
+        readings: int = 1,
+        deliveries: int = 4,
+        companion: Companion | None = None,
     ) -> None:
-        self.stations, self.name = stations, name
+        self.stations, self.name, self.companion = stations, name, companion
         self._url, self._readings, self._deliveries = workflows_url, readings, deliveries
         self.desk = Desk(workflows_url, stations.results, stations.jobs, stations.waits)
         self._ending = threading.Event()
@@ -53,6 +62,10 @@ class Worker:
         self._repeat("live bundle", self.stations.waits.follow, self._follow)
         self._repeat("sweep", self.stations.waits.sweep, self.sweep)
         self._repeat("housekeeping", _HOUSEKEEPING_SECONDS, self._forget)
+        if self.companion is not None:
+            self._repeat("shadow", self.stations.waits.shadow, self._read_along)
+        if self.stations.watch is not None:
+            self._repeat("drift", self.stations.waits.drift, self.stations.watch.look)
 
     def stop(self) -> None:
         """End cleanly: what is under way is taken up again at the next start."""
@@ -60,6 +73,8 @@ class Worker:
         for thread in self._threads:
             thread.join(timeout=10)
         DBOS.destroy()
+        if self.companion is not None:
+            self.companion.close()
         self.desk.close()
         self.stations.jobs.leave(self.name)
         services.use(None)
@@ -130,6 +145,10 @@ class Worker:
         except (Untrusted, Misconfigured) as error:
             log.error("The live bundle cannot be used: %s", error)
             self.stations.jobs.stop_engine(str(error))
+
+    def _read_along(self) -> None:
+        if self.companion is not None and self.stations.jobs.engine_stopped() is None:
+            self.companion.turn(self.stations, self._ending.is_set)
 
     def _forget(self) -> None:
         while self.desk.forget(self.stations.clock() - _KEPT):

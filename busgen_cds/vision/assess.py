@@ -114,12 +114,13 @@ def assess(
     prevalence: float,
     revision: int = 1,
     clock: Callable[[], float] = time.monotonic,
+    heard: Callable[[Reading], None] = lambda reading: None,
 ) -> Result:
-    """Read every frame, and say what they say together."""
+    """Read every frame, and say what they say together. `heard` is told what the network itself said."""
     if not 0 < prevalence < 1:
         raise Misconfigured(f"The prevalence of malignancy is {prevalence}: set the site's own, between 0 and 1.")
     start = clock()
-    views = list(_views(study.frames, engine))
+    views = list(_views(study.frames, engine, heard))
     known = [view for view in views if view.distance <= engine.manifest.thresholds.domain]
     read = {view.frame.source for view in known}
     strange = dict.fromkeys(view.frame.source for view in views if view.frame.source not in read)
@@ -171,12 +172,13 @@ def _unsure(key: _View, outlined: bool, scale: _Scale) -> str | None:
     return None
 
 
-def _views(frames: Sequence[Frame], engine: Engine) -> Iterator[_View]:
+def _views(frames: Sequence[Frame], engine: Engine, heard: Callable[[Reading], None]) -> Iterator[_View]:
     calibration = engine.manifest.calibration
     for i in range(0, len(frames), BATCH):
         some = frames[i : i + BATCH]
         prepared = [pixels.prepare(frame.tissue, engine.manifest.size) for frame in some]
         reading = engine.read(np.stack([plane for plane, _ in prepared]))
+        heard(reading)
         distances = engine.gate.distance(reading.embedding)
         for k, (frame, (_, placement)) in enumerate(zip(some, prepared, strict=True)):
             yield _View(

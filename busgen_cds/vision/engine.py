@@ -57,8 +57,12 @@ class Gate:
     mean: Array = field(repr=False)  # (D,)
     whiten: Array = field(repr=False)  # (D, K)
 
+    def whitened(self, embedding: Array) -> Array:
+        """(N, D) → (N, K), about standard normal for the images seen in training."""
+        return np.asarray((embedding - self.mean) @ self.whiten, np.float32)
+
     def distance(self, embedding: Array) -> Array:
-        return np.asarray(np.linalg.norm((embedding - self.mean) @ self.whiten, axis=-1), np.float32)
+        return np.asarray(np.linalg.norm(self.whitened(embedding), axis=-1), np.float32)
 
 
 class _Waiting(NamedTuple):
