@@ -32,7 +32,7 @@ from pynetdicom import AE, evt
 from pynetdicom.presentation import build_context
 
 from busgen_cds.arrival import Arrival, Peek
-from busgen_cds.dicom import intake, objects
+from busgen_cds.dicom import intake, objects, reactor
 from busgen_cds.dicom.association import CommitmentReport, CommitmentRequest, Desk, Rules
 from busgen_cds.dicom.listener import Listener, ListenerConfig
 from busgen_cds.flows.services import Destination, Services, Waits
@@ -131,7 +131,7 @@ class Scanner:
         wanted = {(str(ds.SOPClassUID), str(ds.file_meta.TransferSyntaxUID)) for ds in map(opened_file, files)}
         association = entity.associate(
             "127.0.0.1", self.port, contexts=[build_context(*pair) for pair in sorted(wanted)],
-            ae_title="BUSGEN", evt_handlers=[(evt.EVT_CONN_OPEN, _no_delay)],
+            ae_title="BUSGEN", evt_handlers=[(evt.EVT_CONN_OPEN, _no_delay), (evt.EVT_CONN_OPEN, reactor.stands_still)],
         )  # fmt: skip
         if not association.is_established:
             raise ConnectionError("the listener does not accept an association")

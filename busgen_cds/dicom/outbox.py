@@ -38,7 +38,9 @@ from pynetdicom.sop_class import (  # type: ignore[attr-defined]
     Verification,
 )
 
+from busgen_cds.dicom import reactor
 from busgen_cds.dicom.commitment import Commitment, read_report
+from busgen_cds.dicom.tls import strict
 from busgen_cds.errors import Misconfigured, Transient
 
 logging.getLogger("pynetdicom").setLevel(logging.CRITICAL)  # what it would say, we say with the study and the remedy
@@ -370,7 +372,7 @@ def _association(
             contexts=contexts,
             ae_title=node.ae_title,
             tls_args=tls,
-            evt_handlers=[(evt.EVT_CONN_OPEN, _no_delay), *handlers],
+            evt_handlers=[(evt.EVT_CONN_OPEN, _no_delay), (evt.EVT_CONN_OPEN, reactor.stands_still), *handlers],
         )
     except OSError as wrong:
         raise Misconfigured(f"The address of {node} cannot be used: {wrong}.") from wrong
@@ -421,8 +423,7 @@ def _shake_hands(node: Node, tls: Tls) -> None:
 def _tls_context(tls: Tls | None, node: Node) -> ssl.SSLContext:
     assert tls is not None
     try:
-        context = ssl.create_default_context(cafile=tls.authority)
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context = strict(ssl.create_default_context(cafile=tls.authority))
         context.check_hostname = tls.check_host
         if tls.certificate:
             context.load_cert_chain(tls.certificate, tls.key or None)

@@ -97,7 +97,7 @@ def _served(folder: Path, pacs: Pacs, apart: bool) -> Iterator[int]:
                 Node("us", "BUSGEN_CDS", "127.0.0.1", port, calling_ae="US_ROOM_1"), served, folder / "log"
             )
             yield port
-        except AssertionError:
+        except BaseException:
             print((folder / "log").read_text(), file=sys.stderr)
             raise
         finally:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import datetime
 import ipaddress
 import ssl
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+from pynetdicom.dimse import DIMSEServiceProvider
 
-from busgen_cds.dicom import files, outbox
+from busgen_cds.dicom import files, outbox, reactor
 from busgen_cds.dicom.outbox import Node, Tls
 from busgen_cds.errors import Misconfigured, Transient
 from tests.hospital import a_lesion
@@ -43,6 +46,34 @@ def test_our_title_or_theirs_is_wrong(pacs: Pacs) -> None:
     pacs.comes_up()
     with pytest.raises(Misconfigured, match="does not know our AE title 'BUSGEN_CDS'"):
         outbox.echo(pacs.node)
+
+
+def test_no_answer_is_lost_on_a_busy_machine(pacs: Pacs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each object's answer is heard, however late the machine lets pynetdicom's own thread go on."""
+    _let_it_dawdle(monkeypatch)
+    pacs.comes_up()
+    file = files.open_file(a_lesion(1)[0])
+    sent = list(outbox.send([file] * 10, to=replace(pacs.node, timeout_seconds=3)))
+    assert [each.stored for each in sent] == [True] * 10
+
+
+def _let_it_dawdle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """pynetdicom's thread comes late from its pause, and looks for messages for longer than a moment."""
+    wait, get_msg = reactor.Checkpoint.wait, DIMSEServiceProvider.get_msg
+
+    def comes_late(self: reactor.Checkpoint, timeout: float | None = None) -> bool:
+        answer = wait(self, timeout)
+        time.sleep(0.1)
+        return answer
+
+    def looks_long(self: DIMSEServiceProvider, block: bool = False) -> Any:
+        end, found = time.monotonic() + 0.2, get_msg(self, block)
+        while self.assoc.is_requestor and not block and found[1] is None and time.monotonic() < end:
+            found = get_msg(self, block)
+        return found
+
+    monkeypatch.setattr(reactor.Checkpoint, "wait", comes_late)
+    monkeypatch.setattr(DIMSEServiceProvider, "get_msg", looks_long)
 
 
 def test_no_commitment_is_offered(pacs: Pacs) -> None:
