@@ -40,6 +40,7 @@ from busgen_cds.dicom import (
     relevance,
     report,
     templates,
+    tls,
     upper_layer,
 )
 from busgen_cds.dicom.identity import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION, PRODUCT
@@ -136,7 +137,7 @@ def _associations() -> Iterator[str]:
     yield from _table(("limit", "default"), [row for kind in limits for row in _numbers(kind)])
     yield ""
     yield from _prose(
-        f"TLS 1.2 and 1.3, cipher suites `{listener.CIPHERS}` (BCP 195). Implementation class UID "
+        f"TLS 1.2 and 1.3, cipher suites `{tls.CIPHERS}` (BCP 195). Implementation class UID "
         f"`{IMPLEMENTATION_CLASS_UID}`, version name of this release `{IMPLEMENTATION_VERSION}`. TCP_NODELAY "
         "is set on every socket."
     )

@@ -37,12 +37,11 @@ from typing import Any, Protocol
 
 from busgen_cds.dicom import upper_layer as ul
 from busgen_cds.dicom.association import Association, Caller, Desk, Places, Rules
+from busgen_cds.dicom.tls import strict
 from busgen_cds.errors import Misconfigured
 
 log = logging.getLogger(__name__)
 
-# BCP 195: forward secrecy and authenticated encryption only
-CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20:DHE+AESGCM"
 _BELL_SECONDS = 0.2
 _RECEIVE_BUFFER = 1 << 20
 _SCHED_SETATTR = {"x86_64": 314, "aarch64": 274}
@@ -538,10 +537,8 @@ def tls_context(tls: Tls | None) -> ssl.SSLContext | None:
     """TLS 1.2 or later with the ciphers of BCP 195; a peer without a certificate that we trust is not let in."""
     if tls is None:
         return None
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context = strict(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))
     try:
-        context.set_ciphers(CIPHERS)
         context.load_cert_chain(tls.certificate, tls.key)
         context.load_verify_locations(tls.authorities)
     except (OSError, ssl.SSLError) as broken:

@@ -41,6 +41,7 @@ from pynetdicom.sop_class import (  # type: ignore[attr-defined]
 from busgen_cds.dicom import reactor
 from busgen_cds.dicom.commitment import Commitment, read_report
 from busgen_cds.dicom.tls import strict
+from busgen_cds.dicom.tls import strict
 from busgen_cds.errors import Misconfigured, Transient
 
 logging.getLogger("pynetdicom").setLevel(logging.CRITICAL)  # what it would say, we say with the study and the remedy

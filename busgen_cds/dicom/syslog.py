@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
+from busgen_cds.dicom.tls import strict
 from busgen_cds.errors import Misconfigured, Transient
 
-CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20:DHE+AESGCM"
 SECONDS = 10.0
 FACILITY, SEVERITY = 10, 5  # RFC 5424: security and authorization; notice
 APP_NAME, MESSAGE_ID = "busgen-cds", "DICOM+RFC3881"
@@ -74,9 +74,7 @@ def _ends(connection: ssl.SSLSocket, to: Server) -> None:
 
 def _context(to: Server) -> ssl.SSLContext:
     try:
-        context = ssl.create_default_context(cafile=to.authority)
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
-        context.set_ciphers(CIPHERS)
+        context = strict(ssl.create_default_context(cafile=to.authority))
         context.check_hostname = to.check_host
         if to.certificate:
             context.load_cert_chain(to.certificate, to.key or None)
