@@ -125,6 +125,55 @@ class Models(_Section):
     )
 
 
+class Rules(_Section):
+    """What a candidate must hold before it goes onto the shelf; see `docs/change-control.md`."""
+
+    not_worse: float = Field(
+        default=0.05, ge=0, le=0.2, description="AUC by which worse must be excluded on the site's test patients."
+    )
+    release_drop: float = Field(
+        default=0.01, ge=0, le=0.01, description="AUC that may be lost on the release set; it cannot be loosened."
+    )
+    calibration_error: float = Field(
+        default=0.15, gt=0, le=0.3, description="Mean gap of stated and found rates on the site's test patients."
+    )
+    sensitivity: float = Field(default=0.90, ge=0.8, le=1, description="Floor at the rule-out score, 0 to 1.")
+    group_drop: float = Field(default=0.05, ge=0, le=0.2, description="AUC that may be lost on any device.")
+    test_patients: int = Field(
+        default=8, ge=5, description="Of the site's test set, with a cancer and without, each: fewer judge nothing."
+    )
+    teachers: int = Field(default=8, ge=4, description="Patients that teach, at least.")
+
+
+class Adaptation(_Section):
+    cron: str = Field(
+        default="", description='When the night runs, as a cron line ("0 1 * * *"); unset: only when asked for.'
+    )
+    least_new: int = Field(default=64, ge=8, description="New cases that teach, for a night to be worth it.")
+    start: tuple[Path, ...] = Field(
+        default=(), description="Checkpoints of the release's reader; every night begins from them. None: no adapting."
+    )
+    release: Path | None = Field(
+        default=None, description="The release's generated images with labels; unset: those of the package."
+    )
+    data: Path | None = Field(
+        default=None, description="The real data of the release, where a site has them: its test split judges too."
+    )
+    generator: Path | None = Field(default=None, description="A generator's folder; unset: none is adapted.")
+    encoder: Path | None = Field(default=None, description="ImageNet weights (npz): the privacy audit's second look.")
+    method: Literal["fine-tune", "head"] = Field(
+        default="fine-tune", description="All weights for a few steps, or the last ones alone."
+    )
+    kept: float = Field(
+        default=0.5, ge=0, le=1, description="Share of the weights before in the result: what keeps it from forgetting."
+    )
+    steps: int = Field(default=48, ge=1, description="Steps of the fine-tuning.")
+    generated: int = Field(default=200, ge=0, description="Images that the adapted generator makes.")
+    threads: int = Field(default=1, ge=1, description="Processor threads of a night; studies being read come first.")
+    niceness: int = Field(default=15, ge=0, le=19, description="How far a night steps back from the processor.")
+    rules: Rules = Rules()
+
+
 class Drift(_Section):
     reference_studies: int = Field(
         default=200, ge=20, description="The first studies a bundle reads here: what later weeks are compared with."
@@ -298,6 +347,7 @@ class Settings(BaseSettings):
     storage: Storage = Storage()
     reader: Reader = Reader()
     models: Models = Models()
+    adaptation: Adaptation = Adaptation()
     drift: Drift = Drift()
     study: Study = Study()
     objects: Objects = Objects()

@@ -53,13 +53,58 @@ def site_adaptation(
     out.print(f"Written: {page}; {left} runs left", soft_wrap=True)
 
 
-# ---- Cases
+# ---- Nights
 
-cases_app = typer.Typer(no_args_is_help=True, help="What readers and pathology confirmed: the site's own cases.")
 Config = Annotated[
     Path, typer.Option("--config", "-c", envvar="BUSGEN_CDS_CONFIG", help="The site's settings file, or its folder.")
 ]
 HERE = Path("busgen-cds.toml")
+
+
+@app.command()
+def adapt(
+    config: Config = HERE,
+    anyway: Annotated[bool, typer.Option(help="Also with fewer new cases than the settings ask for.")] = False,
+    wait: Annotated[bool, typer.Option(help="Stay, and adapt at the cron times of the settings.")] = False,
+) -> None:
+    """Learn from the site's cases; what passes the judge goes onto the shelf. Nothing becomes live by this."""
+    from busgen_cds import learning_loop, serving
+    from busgen_cds.errors import Misconfigured
+    from busgen_cds.flows import adapt_site
+
+    with _site(config) as site:
+        cron = site.settings.adaptation.cron
+        if wait and not cron:
+            raise Misconfigured("Set adaptation.cron: it says when to adapt.")
+        with learning_loop.night(site):
+            if wait:
+                adapt_site.every(cron)
+                serving.until_told()
+                return
+            word = adapt_site.run(anyway=anyway)
+        _say_what_became(site, word)
+
+
+def _say_what_became(site: Site, word: str) -> None:
+    from busgen_cds import learning_loop
+
+    outcome, _, digest = word.partition(" ")
+    if outcome == "failed":
+        run = next(each for each in learning_loop.casebook(site).adaptations() if each.ref == digest)
+        console.print(f"Failed at the stage {run.reason}", soft_wrap=True, highlight=False, markup=False)
+        raise typer.Exit(1)
+    if outcome not in ("shelved", "refused"):
+        return out.print(word, soft_wrap=True)
+    shelved = site.shelf.get(digest)
+    out.print(f"{outcome}: {shelved.name} {shelved.version} ({digest[:12]})", soft_wrap=True)
+    for reason in shelved.reasons:
+        out.print(f"  {reason}", soft_wrap=True, highlight=False)
+    return None
+
+
+# ---- Cases
+
+cases_app = typer.Typer(no_args_is_help=True, help="What readers and pathology confirmed: the site's own cases.")
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 
 

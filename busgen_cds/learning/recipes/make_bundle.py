@@ -35,6 +35,7 @@ class Choice:
     floor: float | None = 0.02  # of the attention, once trained: less evidence is spread where no lesion is
     sweeps: int = 40  # simulated studies that the pooling is fitted on
     sweep_frames: int = 48
+    threads: int = 0  # 0: as many as the machine has
 
 
 def make(
@@ -58,7 +59,7 @@ def make(
 
     tell("exporting and comparing with torch")
     graph = export.to_onnx(deployed)
-    run = export.open_graph(graph)
+    run = export.open_graph(graph, choice.threads)
     parity = export.parity(deployed, run, np.asarray(val.image[:4, None] / 255, np.float32))
 
     tell("calibrating on val")

@@ -15,7 +15,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,12 +70,13 @@ class Run:
 
 
 def queue(settings: Settings, replay: bool) -> list[Run]:
-    """The cheap arms first; then draw by draw, so that a queue that is stopped has compared all arms at least once."""
+    """The cheap arms first; then the sizes that a bar names, draw by draw: a stopped queue compares all arms."""
     arms = [arm for arm in ARMS if replay or not arm.replay]
     cheap = [arm for arm in arms if arm.method == "head"]
     first = [Run(arm, k, d) for arm in cheap for d in range(settings.draws) for k in settings.cases]
     rest = [arm for arm in arms if arm not in cheap]
-    return first + [Run(arm, k, d) for d in range(settings.draws) for k in settings.cases for arm in rest]
+    sizes = sorted(settings.cases, key=lambda k: (k not in (max(settings.cases), min(settings.cases)), -k))
+    return first + [Run(arm, k, d) for k in sizes for d in range(settings.draws) for arm in rest]
 
 
 def b_mode(rows: Sequence[data.Row], split: str) -> list[data.Row]:
@@ -257,21 +257,26 @@ def gain(
     """Mean change of the AUC over draws (D, N), with an interval over resampled patients and draws."""
     rng = np.random.default_rng(0)
     names, inverse = np.unique(patients, return_inverse=True)
-    members = [np.flatnonzero(inverse == i) for i in range(len(names))]
+    drawn_patients = rng.integers(0, len(names), (count, len(names)))
+    weight = np.stack([np.bincount(each, minlength=len(names)) for each in drawn_patients])[:, inverse]
+    changes = np.stack([_aucs(score, truth, weight) for score in after]) - _aucs(before, truth, weight)  # (D, count)
+    chosen = rng.integers(0, len(after), (count, len(after)))
+    values = np.take_along_axis(changes.T, chosen, 1).mean(1)
+    once = np.ones((1, len(truth)))
+    whole = float(np.mean([_aucs(score, truth, once) for score in after]) - _aucs(before, truth, once)[0])
+    low, high = np.nanpercentile(values, [2.5, 97.5])
+    return Interval(whole, float(low), float(high))
 
-    def change(index: NDArray[np.int64], draws: NDArray[np.int64]) -> float:
-        start = figures.auc(before[index], truth[index])
-        kinds, often = np.unique(draws, return_counts=True)
-        found = [figures.auc(after[d][index], truth[index]) for d in kinds]
-        return float(np.average(found, weights=often)) - start
 
-    values = []
-    for _ in range(count):
-        index = np.concatenate([members[i] for i in rng.integers(0, len(names), len(names))])
-        values.append(change(index, rng.integers(0, len(after), len(after))))
-    finite = [v for v in values if not math.isnan(v)]
-    low, high = np.percentile(finite, [2.5, 97.5])
-    return Interval(change(np.arange(len(truth)), np.arange(len(after))), float(low), float(high))
+def _aucs(score: Floats, truth: NDArray[np.int64], weight: NDArray[Any]) -> Floats:
+    """The AUC under each row of weights (R, N): how often a positive outranks a negative; ties count half."""
+    positive, negative = np.flatnonzero(truth > 0), np.flatnonzero(truth == 0)
+    gap = score[positive][:, None] - score[negative][None]
+    wins = (gap > 0) + 0.5 * (gap == 0)
+    above, below = weight[:, positive].astype(float), weight[:, negative].astype(float)
+    total = above.sum(1) * below.sum(1)
+    won = ((above @ wins) * below).sum(1)
+    return np.asarray(np.divide(won, total, out=np.full(len(weight), np.nan), where=total > 0))
 
 
 def verdict(found: Compared, settings: Settings) -> str:

@@ -1,0 +1,262 @@
+"""Cases in, a bundle on the shelf: one durable workflow for a night.
+
+    enough new cases? → adapter → images → privacy → members → candidate → verdict → shelf
+
+Rules:
+- Which cases teach is written down when the run begins; whatever is confirmed later waits for the next one.
+- A stage that was killed is begun again; what it makes is the same, so that the candidate's digest is, too.
+- A candidate that the judge refuses is kept as refused, with its reasons; one that it accepts goes onto the shelf,
+  signed by the night job's key. Nothing here can make it live.
+- The cases' pixels lie in the run's folder only while it runs; afterwards the folder is removed.
+- What a stage needs of the laboratory is handed in: nothing here knows how a network learns.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+from dbos import DBOS, DBOSConfig, SetWorkflowID
+
+from busgen_cds import signing
+from busgen_cds.bundle import Candidate
+from busgen_cds.errors import Misconfigured
+from busgen_cds.flows import confirm_case, desk
+from busgen_cds.flows.services import failed
+from busgen_cds.store.casebook import Casebook, Listed
+from busgen_cds.store.shelf import Shelf
+
+log = logging.getLogger("busgen_cds.flows")
+
+ADAPT_SITE = "adapt_site"
+EXECUTOR = "night"
+SHAPE = "night-1"  # of this workflow: a new one when its steps change
+PLAN = "plan.json"
+NIGHTLY = "adapt the site"
+STAGES = ("plan", "adapter", "images", "privacy", "members", "candidate", "verdict", "shelf")
+
+
+class Judged(Protocol):
+    @property
+    def reasons(self) -> tuple[str, ...]: ...
+    @property
+    def tables(self) -> tuple[Mapping[str, Any], ...]: ...
+
+
+@dataclass(frozen=True)
+class Recipes:
+    """The laboratory's part; each takes the run's folder and leaves there what the next one reads."""
+
+    adapter: Callable[[Path], object]
+    images: Callable[[Path], object]
+    privacy: Callable[[Path], object]
+    members: Callable[[Path], object]
+    candidate: Callable[[Path, str, str, str], Candidate]  # with name, version and date
+    verdict: Callable[[Path], Judged]
+
+
+@dataclass(frozen=True)
+class Stations:
+    cases: confirm_case.Stations
+    shelf: Shelf
+    signer: signing.Signer
+    folder: Path  # of the runs
+    write_cases: Callable[[Casebook, Sequence[Listed], Path], Path]
+    recipes: Recipes
+    least_new: int  # cases that teach, since the last run
+    name: str
+    clock: Callable[[], datetime] = lambda: datetime.now(UTC)
+
+    @property
+    def book(self) -> Casebook:
+        return self.cases.book
+
+
+_in_use: list[Stations] = []
+
+
+def use(stations: Stations | None) -> None:
+    _in_use[:] = [stations] if stations else []
+
+
+def _now() -> Stations:
+    if not _in_use:
+        raise Misconfigured("No night runs in this process.")
+    return _in_use[0]
+
+
+# ---- The workflow
+
+
+@DBOS.workflow(name=ADAPT_SITE, max_recovery_attempts=20)
+def adapt_site(run: str, anyway: bool) -> str:
+    """What became of it: `shelved DIGEST`, `refused DIGEST`, `failed RUN`, or why nothing was begun."""
+    word = _plan(run, anyway)
+    if word != "planned":
+        return word
+    for stage in (_adapter, _images, _privacy, _members, _candidate, _verdict):
+        if stage(run) != "done":
+            return _give_up(run)
+    return _shelve(run)
+
+
+@DBOS.step(name="plan")
+def _plan(run: str, anyway: bool) -> str:
+    """Freeze what teaches and what judges; the folder is there when the plan is."""
+    stations, folder = _now(), _now().folder / run
+    if (folder / PLAN).exists():
+        return "planned"
+    confirm_case.gather(stations.cases)
+    last = next((each for each in stations.book.adaptations() if each.outcome in ("shelved", "refused")), None)
+    every = stations.book.listing()
+    teach = [each for each in every if each.part == "teach"]
+    new = [each for each in teach if last is None or each.made_at > last.newest_case]
+    if not teach or (len(new) < stations.least_new and not anyway):
+        return f"not enough cases: {len(new)} new ones, {stations.least_new} are asked for"
+    partial = folder.with_name(f"{run}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    stations.write_cases(stations.book, every, partial / "cases")
+    of = signing.digest(signing.canonical(sorted(each.sha256 for each in every)))
+    plan = {"on": stations.clock().date().isoformat(), "of": of, "cases": len(teach), "new": len(new)}
+    (partial / PLAN).write_text(json.dumps(plan), encoding="utf-8")
+    partial.rename(folder)
+    stations.book.begin(run, teach)
+    return "planned"
+
+
+def _stage(name: str, work: Callable[[Stations, Path], object]) -> Callable[[str], str]:
+    @DBOS.step(name=name)
+    def step(run: str) -> str:
+        try:
+            work(_now(), _now().folder / run)
+        except Exception as error:  # noqa: BLE001 - said by its type; its message may not reach the engine's tables
+            reason = f"{name}: {failed(error).reason}"
+            log.error("Adapting, %s", reason)
+            _now().book.end(run, "failed", reason=reason)
+            return "failed"
+        return "done"
+
+    return step
+
+
+def _planned(folder: Path) -> dict[str, Any]:
+    return dict(json.loads((folder / PLAN).read_text(encoding="utf-8")))
+
+
+def _make(stations: Stations, folder: Path) -> Candidate:
+    plan = _planned(folder)
+    return stations.recipes.candidate(folder, stations.name, f"site-{plan['on']}-{plan['of'][:6]}", plan["on"])
+
+
+_adapter = _stage("adapter", lambda stations, folder: stations.recipes.adapter(folder))
+_images = _stage("images", lambda stations, folder: stations.recipes.images(folder))
+_privacy = _stage("privacy", lambda stations, folder: stations.recipes.privacy(folder))
+_members = _stage("members", lambda stations, folder: stations.recipes.members(folder))
+_candidate = _stage("candidate", _make)
+_verdict = _stage("verdict", lambda stations, folder: stations.recipes.verdict(folder))
+
+
+@DBOS.step(name="shelf")
+def _shelve(run: str) -> str:
+    """The candidate is put there, or kept as refused; the run's pixels go."""
+    stations, folder = _now(), _now().folder / run
+    ended = next((each for each in stations.book.adaptations() if each.ref == run and each.outcome), None)
+    if ended is None:
+        made, judged, plan = _make(stations, folder), stations.recipes.verdict(folder), _planned(folder)
+        night = {"title": "The night", "rows": [["cases", str(plan["cases"])], ["new", str(plan["new"])]]}
+        report = {"tables": [*judged.tables, night]}
+        if judged.reasons:
+            stations.shelf.refuse(made, reasons=judged.reasons, report=report)
+        else:
+            stations.shelf.put(made, report=report, signer=stations.signer)
+        outcome = "refused" if judged.reasons else "shelved"
+        stations.book.end(run, outcome, digest=made.digest, reason="; ".join(judged.reasons))
+        ended = next(each for each in stations.book.adaptations() if each.ref == run)
+    shutil.rmtree(folder, ignore_errors=True)
+    return f"{ended.outcome} {ended.digest}"
+
+
+@DBOS.step(name="give up")
+def _give_up(run: str) -> str:
+    """Its reason is kept; the cases stay new, and the next night tries again."""
+    shutil.rmtree(_now().folder / run, ignore_errors=True)
+    return f"failed {run}"
+
+
+# ---- Running it
+
+
+def launch(stations: Stations, workflows_url: str) -> None:
+    """The engine in this process; what was begun here and not ended goes on at once."""
+    use(stations)
+    stations.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    desk.prepare(workflows_url)
+    logging.getLogger("dbos").setLevel(logging.WARNING)
+    config: DBOSConfig = {
+        "name": desk.APPLICATION,
+        "system_database_url": workflows_url,
+        "executor_id": EXECUTOR,
+        "application_version": SHAPE,
+        "log_level": "WARNING",
+        "enable_otlp": False,
+        "run_migrations": False,
+        "serializer": Words(),
+    }
+    DBOS(config=config)
+    DBOS.launch()
+
+
+def run(*, anyway: bool = False) -> str:
+    """Take up the run that was not ended, or begin one; returns what became of it."""
+    unended = [
+        each.workflow_id
+        for each in DBOS.list_workflows(name=ADAPT_SITE, status=["PENDING", "ENQUEUED"], load_input=False)
+    ]
+    if unended:
+        return str(DBOS.retrieve_workflow(unended[0]).get_result())
+    ref = secrets.token_hex(16)
+    with SetWorkflowID(f"adapt-{ref}"):
+        return adapt_site(ref, anyway)
+
+
+def every(cron: str) -> None:
+    """At these times of a cron line, until the process ends; a night that was missed is left out."""
+    if DBOS.get_schedule(NIGHTLY) is not None:
+        DBOS.delete_schedule(NIGHTLY)
+    DBOS.create_schedule(schedule_name=NIGHTLY, workflow_fn=night, schedule=cron)
+
+
+@DBOS.workflow(name="night", max_recovery_attempts=20)
+def night(scheduled: datetime, context: Any) -> None:
+    log.info("Adapting: %s.", adapt_site(_named(secrets.token_hex(16)), False))
+
+
+@DBOS.step(name="name")
+def _named(ref: str) -> str:
+    """Named once, also when the night is taken up again."""
+    return ref
+
+
+class Words(desk.Words):
+    """As the worker's, and the time at which a night was due."""
+
+    def serialize(self, data: Any) -> str:
+        return super().serialize(json.loads(json.dumps(data, default=str)) if isinstance(data, dict) else data)
+
+
+def end() -> None:
+    DBOS.destroy()
+    use(None)
+
+
+def be_modest(niceness: int) -> None:
+    """Whoever reads studies comes first."""
+    os.nice(max(0, niceness - os.nice(0)))

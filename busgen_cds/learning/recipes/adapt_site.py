@@ -1,0 +1,324 @@
+"""A night's run over a site's cases, stage by stage; each reads what the one before left in the run's folder.
+
+    cases → adapter → generated images → privacy report → members → candidate → verdict
+
+Rules:
+- Every stage may be begun again at any time: what it left behind is whole or is made anew, and the same every time.
+- The site's test patients are looked at by the judge alone; a quarter of the teaching patients calibrates.
+- A site without a generator adapts its reader without generated images of its own; the report says so.
+- The release's images take part in training and calibration; those of them that judge are never among these.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import datetime
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from busgen_cds import bundle, signing
+from busgen_cds.bundle import Bundle, Candidate
+from busgen_cds.errors import Misconfigured
+from busgen_cds.learning import calibrate, data, embed, export, judge, release, tasks
+from busgen_cds.learning.generator import ADAPTER as ADAPTER_FILE
+from busgen_cds.learning.generator import Generator
+from busgen_cds.learning.judge import Evidence, Material, Read, Rules, Verdict
+from busgen_cds.learning.recipes import adapt_reader, audit, fewshot, make_bundle, synthesise, value
+
+SITE = "site"
+CASES, ADAPTER, IMAGES, PRIVACY = "cases", "adapter", "images", "privacy.json"
+MEMBERS, LESSONS, CANDIDATE, VERDICT, SKIPPED = "members", "lessons", "candidate", "verdict.json", "skipped.json"
+VAL_SHARE = 4  # one teaching patient in so many calibrates
+JUDGING = 3  # one release image in so many judges, where no real test set is at hand
+
+
+@dataclass(frozen=True)
+class Settings:
+    start: tuple[Path, ...]  # members of the live reader, to go on from
+    release: Path | None = None  # folder of the release's generated images, with labels
+    data: Path | None = None  # the real data that the release was trained on, where a site has them
+    generator: Path | None = None
+    init: Path | None = None  # ImageNet encoder, a second embedding for the audit
+    reader: adapt_reader.Settings = field(default_factory=adapt_reader.Settings)
+    adapter: fewshot.Settings = field(default_factory=fewshot.Settings)
+    generated: int = 200
+    audit: audit.Settings = field(default_factory=audit.Settings)
+    rules: Rules = field(default_factory=Rules)
+    sweeps: int = 20
+    sweep_frames: int = 24
+    threads: int = 1
+
+
+# ---- The generator
+
+
+def adapt_generator(run: Path, settings: Settings) -> str:
+    """LoRA on the site's own images; says why not, where it is not done."""
+    if settings.generator is None:
+        return _skip(run, "no generator is at hand: the reader learns from the cases and the release's images")
+    if (run / ADAPTER / ADAPTER_FILE).exists():
+        return ""
+    rows = [r for r in data.read_manifest(run / CASES) if r.split == "train" and r.pathology != "normal"]
+    shots = min(len(rows), fewshot.MOST)
+    try:
+        how = dataclasses.replace(settings.adapter, shots=shots)
+        fewshot.adapt(Generator.load(settings.generator), run / CASES, _task(), run / ADAPTER, how)
+    except Misconfigured as why:
+        return _skip(run, f"the generator was not adapted: {why}")
+    return ""
+
+
+def _task() -> fewshot.Source:
+    classes = tuple(tasks.TaskClass(name, (name,)) for name in ("benign", "malignant"))
+    named = tuple(each.name for each in classes)
+    return fewshot.Source(tasks.Task("site", "pathology", classes), (SITE,), ("train",), named, fewshot.MOST, "")
+
+
+def generate(run: Path, settings: Settings) -> str:
+    """Images of the adapted generator; each passes the release filter, where the generator has one."""
+    if settings.generator is None or _skipped(run):
+        return ""
+    gate = settings.generator / release.FILE
+    rows = data.read_manifest(run / CASES)
+    how = synthesise.Settings(
+        count=settings.generated,
+        devices=tuple(sorted({r.labels.get("device", "") for r in rows} - {""})),
+        filtered=gate.exists(),
+        shard=32,
+    )
+    makes = Generator.load(settings.generator, adapter=run / ADAPTER / ADAPTER_FILE)
+    synthesise.generate(makes, run / IMAGES, how, release.load(gate) if gate.exists() else None)
+    return ""
+
+
+def audit_privacy(run: Path, settings: Settings) -> str:
+    """Why the generated images may not be used; empty: they may, or there are none."""
+    if settings.generator is None or _skipped(run):
+        return ""
+    if not (run / PRIVACY).exists():
+        makes = Generator.load(settings.generator, adapter=run / ADAPTER / ADAPTER_FILE)
+        rows = data.read_manifest(run / CASES)
+        shots = fewshot.choose(rows, _task(), min(fewshot.MOST, len(_teachers(rows))), settings.adapter.seed)
+        found = audit.audit(
+            makes, "the site's adapter", run / CASES, run / IMAGES, embed.at_hand(makes.coder, settings.init, None),
+            settings.audit, None, shots,
+        )  # fmt: skip
+        _write(run / PRIVACY, found.to_json())
+    report = json.loads((run / PRIVACY).read_text(encoding="utf-8"))
+    failed = [f["attack"] for f in report["findings"] if f["verdict"] == "fails"]
+    open_ = [f["attack"] for f in report["findings"] if f["verdict"] == "concludes nothing"]
+    if failed:
+        return f"the privacy audit fails: {', '.join(failed)}"
+    return f"the privacy audit concludes nothing: {', '.join(open_)}" if open_ else ""
+
+
+def _teachers(rows: Sequence[data.Row]) -> list[data.Row]:
+    return [r for r in rows if r.split == "train" and r.pathology != "normal"]
+
+
+def _skip(run: Path, reason: str) -> str:
+    _write(run / SKIPPED, json.dumps(reason))
+    return reason
+
+
+def _skipped(run: Path) -> str:
+    path = run / SKIPPED
+    return str(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else ""
+
+
+# ---- The reader
+
+
+def train(run: Path, settings: Settings) -> None:
+    """Each member goes on from where it was, over the cases with the release's images among them."""
+    if not settings.start:
+        raise Misconfigured("No member to go on from: set adaptation.start to the live reader's checkpoints.")
+    root, replay = assemble(run, settings), run / LESSONS / "replay"
+    for k, start in enumerate(settings.start):
+        out = run / MEMBERS / str(k)
+        if not (out / "member.safetensors").exists():
+            how = dataclasses.replace(settings.reader, seed=settings.reader.seed + k, threads=settings.threads)
+            adapt_reader.adapt(start, root, (SITE,), out, how, replay if _any(replay) else None)
+
+
+def assemble(run: Path, settings: Settings) -> Path:
+    """One manifest of cases, generated and release images; and, apart, those that are replayed in every batch."""
+    root = run / LESSONS
+    if (root / "manifest.csv").exists():
+        return root
+    shutil.rmtree(root, ignore_errors=True)
+    made = [value.moved(r, run / IMAGES) for r in data.read_manifest(run / IMAGES)] if _any(run / IMAGES) else []
+    ours = [value.moved(r, run / CASES) | {"split": _split(r)} for r in data.read_manifest(run / CASES)]
+    ours = [r for r in ours if r["split"] in ("train", "val")]
+    known = [] if settings.release is None else _lessons_of(settings.release, settings.data is not None)
+    replayed = [r | {"source": data.GENERATED, "split": "train"} for r in (*made, *known) if r["split"] == "train"]
+    _manifest(root / "replay", replayed)
+    calibrating = [r | {"source": SITE, "split": "val", "patient": f"release-{r['image']}"} for r in known[::VAL_SHARE]]
+    others = [r for k, r in enumerate(replayed) if k % VAL_SHARE]
+    _manifest(root, [*ours, *calibrating, *others])
+    return root
+
+
+def _split(row: data.Row) -> str:
+    if row.split != "train":
+        return row.split
+    return "val" if data.fold_of(row.patient, VAL_SHARE) == 0 else "train"
+
+
+def _lessons_of(folder: Path, all_of_them: bool) -> list[dict[str, str]]:
+    """The release's images that do not judge."""
+    rows = data.read_manifest(folder)
+    return [value.moved(r, folder.resolve()) for k, r in enumerate(rows) if all_of_them or k % JUDGING]
+
+
+def _any(folder: Path) -> bool:
+    path = folder / "manifest.csv"
+    return path.exists() and len(path.read_text(encoding="utf-8").splitlines()) > 1
+
+
+def _manifest(folder: Path, rows: Sequence[Mapping[str, str]]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    columns = list(dict.fromkeys([*data.COLUMNS, *(name for row in rows for name in row)]))
+    partial = folder / "manifest.partial"
+    with partial.open("w", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, columns, restval="")
+        table.writeheader()
+        table.writerows(rows)
+    partial.replace(folder / "manifest.csv")
+
+
+def candidate_of(settings: Settings, run: Path, name: str, version: str, created: str) -> Candidate:
+    """Export, parity, calibration, thresholds and gate; kept in the run, unsigned."""
+    kept = read_candidate(run)
+    if kept is not None:
+        return kept
+    members = [run / MEMBERS / str(k) / "member.safetensors" for k in range(len(settings.start))]
+    choice = make_bundle.Choice(
+        name,
+        version,
+        datetime.date.fromisoformat(created),
+        sweeps=settings.sweeps,
+        sweep_frames=settings.sweep_frames,
+        threads=settings.threads,
+    )
+    torch.set_num_threads(settings.threads)
+    made = make_bundle.make(assemble(run, settings), members, choice, None)
+    partial = run / f"{CANDIDATE}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    (partial / "manifest.json").write_bytes(made.manifest.to_bytes())
+    for file, content in made.files.items():
+        (partial / file).write_bytes(content)
+    partial.rename(run / CANDIDATE)
+    return made
+
+
+def read_candidate(run: Path) -> Candidate | None:
+    folder = run / CANDIDATE
+    if not folder.exists():
+        return None
+    manifest = bundle.Manifest.from_bytes((folder / "manifest.json").read_bytes())
+    files = {name: (folder / name).read_bytes() for name in manifest.files}
+    if any(signing.digest(content) != manifest.files[name] for name, content in files.items()):
+        raise Misconfigured(f"The candidate in {folder} was altered: remove the folder, and adapt again.")
+    return Candidate(manifest, files)
+
+
+# ---- The judge
+
+
+def verdict(run: Path, settings: Settings, live: Bundle) -> Verdict:
+    """Both readers over the locked sets, and the rules over what they found."""
+    path = run / VERDICT
+    if not path.exists():
+        made = read_candidate(run)
+        assert made is not None
+        found = judge.judge(evidence(run, settings, live, made), settings.rules)
+        note = [{"title": "The generator", "rows": [[_skipped(run) or "adapted; its images took part"]]}]
+        _write(path, json.dumps({"reasons": found.reasons, "tables": [*found.tables, *note]}))
+    document = json.loads(path.read_text(encoding="utf-8"))
+    return Verdict(tuple(document["reasons"]), tuple(document["tables"]))
+
+
+def evidence(run: Path, settings: Settings, live: Bundle, made: Candidate) -> Evidence:
+    readers = (_Opened.of(live.manifest, live.files, settings), _Opened.of(made.manifest, made.files, settings))
+    rows = data.read_manifest(run / CASES)
+    test = data.load(run / CASES, [r for r in rows if r.split == "site-test"])
+    taught = data.load(run / CASES, [r for r in rows if r.split == "train"])
+    sets = tuple(_read(name, images, readers) for name, images in _release_sets(settings))
+    return Evidence(
+        _read("the site's test patients", test, readers), sets, _material(taught, readers[0]), _privacy(run)
+    )
+
+
+def _privacy(run: Path) -> str:
+    """What the stage before found; it is not asked again."""
+    return audit_privacy(run, Settings((), generator=Path())) if (run / PRIVACY).exists() else ""
+
+
+def _release_sets(settings: Settings) -> list[tuple[str, data.Images]]:
+    found = []
+    if settings.data is not None:
+        rows = [r for r in data.read_manifest(settings.data) if r.split == "test" and r.source == "busbra"]
+        found.append(("the release's real test split (BUS-BRA)", data.load(settings.data, rows)))
+    if settings.release is not None:
+        rows = data.read_manifest(settings.release)
+        judging = rows[::JUDGING] if settings.data is None else []
+        if judging:
+            found.append(("the release's synthetic images", data.load(settings.release, judging)))
+    return found
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A reader as the judge uses it."""
+
+    manifest: bundle.Manifest
+    run: export.Run = field(repr=False)
+    gate: calibrate.Gate = field(repr=False)
+
+    @classmethod
+    def of(cls, manifest: bundle.Manifest, files: Mapping[str, bytes], settings: Settings) -> _Opened:
+        from safetensors.numpy import load
+
+        gate = load(files[bundle.DOMAIN])
+        run = export.open_graph(files[bundle.NETWORK], settings.threads)
+        return cls(manifest, run, calibrate.Gate(gate["mean"], gate["whiten"]))
+
+    def log_odds(self, read: calibrate.Readings) -> NDArray[np.float64]:
+        return self.manifest.calibration.scale * read.malignancy + self.manifest.calibration.offset
+
+    @property
+    def rule_out(self) -> float:
+        return make_bundle.lowest_suspicion(self.manifest.thresholds)
+
+
+def _read(name: str, images: data.Images, readers: tuple[_Opened, _Opened]) -> Read:
+    before, after = (reader.log_odds(calibrate.read(reader.run, images.image)) for reader in readers)
+    groups = np.array([row.labels.get("device", "") for row in images.rows])
+    return Read(
+        name, before, after, images.malignant, images.patients, groups, readers[0].rule_out, readers[1].rule_out
+    )  # fmt: skip
+
+
+def _material(images: data.Images, live: _Opened) -> Material:
+    read = calibrate.read(live.run, images.image)
+    strange = int((live.gate.distance(read.embedding) > live.manifest.thresholds.domain).sum())
+    pictures = [image.tobytes() for image in images.image]
+    return Material(
+        live.log_odds(read), images.malignant, images.patients, len(pictures) - len(set(pictures)), strange
+    )  # fmt: skip
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)

@@ -1,0 +1,144 @@
+"""A night in a process of its own, that may be killed at any stage; run as `python -m tests.flows.nights FOLDER STAGE`.
+
+The cases, the workflow, the judge's refusal, the shelf and its keys are real. What stands in for the laboratory leaves
+the files that the real stages leave, made from what they were given: the real one takes minutes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import signal
+import sys
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from busgen_cds import bundle, learning_loop, signing
+from busgen_cds.bundle import Candidate
+from busgen_cds.case import Case
+from busgen_cds.flows import adapt_site, confirm_case
+from busgen_cds.flows.adapt_site import Recipes, Stations
+from busgen_cds.store import database, shelf
+from busgen_cds.store.casebook import Casebook
+from busgen_cds.store.cases import Cases
+from busgen_cds.store.inbox import Inbox
+from busgen_cds.store.results import Results
+from busgen_cds.store.shelf import Shelf
+from busgen_cds.store.vault import Vault
+from tests.vision import readers
+
+NIGHT, PROMOTER = (signing.KeySigner(Ed25519PrivateKey.from_private_bytes(bytes([n]) * 32)) for n in (1, 2))
+VERIFIER = signing.Verifier.of(
+    (NIGHT.key.public_key(), frozenset({bundle.KIND})), (PROMOTER.key.public_key(), frozenset({shelf.KIND}))
+)
+MADE_ON = datetime(2026, 3, 4, 1, tzinfo=UTC)
+
+
+@dataclasses.dataclass(frozen=True)
+class Said:
+    reasons: tuple[str, ...] = ()
+    tables: tuple[dict[str, Any], ...] = ({"title": "The judge", "rows": [["accepted"]]},)
+
+
+class Ward:
+    """A site's store with cases in it, and nights over them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.database = database.open(f"sqlite:///{folder / 'site.sqlite'}")
+        self.vault = Vault(bytes(range(32)))
+        self.book = Casebook(self.database, self.vault, lambda: MADE_ON)
+        self.shelf = Shelf(folder / "shelf", self.database, VERIFIER)
+
+    def confirm(self, patients: int) -> None:
+        import numpy as np
+
+        rng = np.random.default_rng(0)
+        for i in range(patients):
+            tissue = rng.integers(0, 200, (40, 50), np.uint8)
+            truth: Any = ("benign", "malignant")[i % 2]
+            one = Case(f"{i:016x}", tissue, tissue > 190, truth, "3", "reader", "agree", "2026-03-01", None)
+            self.book.keep(one, study_ref=f"{i:032x}", revision=1, finding=1, who="ruth")
+
+    def stations(self, recipes: Recipes, least_new: int = 8) -> Stations:
+        results = Results(self.database, self.vault)
+        inbox, words = Inbox(self.folder / "inbox", self.database, self.vault), Cases(self.database, self.vault)
+        return Stations(
+            confirm_case.Stations(inbox, results, words, self.book), self.shelf, NIGHT, self.folder / "nights",
+            learning_loop.write_cases, recipes, least_new, "site-reader", lambda: MADE_ON,
+        )  # fmt: skip
+
+    def night(self, recipes: Recipes, *, least_new: int = 8, anyway: bool = False) -> str:
+        adapt_site.launch(self.stations(recipes, least_new), f"sqlite:///{self.folder / 'workflows.sqlite'}")
+        try:
+            return adapt_site.run(anyway=anyway)
+        finally:
+            adapt_site.end()
+
+
+def laboratory(die_at: str = "", reasons: tuple[str, ...] = ()) -> Recipes:
+    """`die_at`: a stage's name, and `before` or `after` its work."""
+
+    def stage(name: str, work: Callable[..., Any]) -> Callable[..., Any]:
+        def run(folder: Path, *rest: Any) -> Any:
+            _die(die_at, f"{name} before")
+            (folder / f"{name}.log").open("a").write("begun\n")
+            found = work(folder, *rest)
+            _die(die_at, f"{name} after")
+            return found
+
+        return run
+
+    def leave(name: str, reads: str) -> Callable[[Path], None]:
+        def work(folder: Path) -> None:
+            files = sorted((folder / reads).glob("*")) if (folder / reads).is_dir() else [folder / reads]
+            digest = hashlib.sha256(b"".join(f.read_bytes() for f in files if f.is_file())).hexdigest()
+            (folder / f"{name}.made").write_text(digest)
+
+        return work
+
+    def candidate(folder: Path, name: str, version: str, created: str) -> Candidate:
+        card = f"# {name}\n{(folder / 'members.made').read_text()}\n".encode()
+        files = {**readers.files(), bundle.CARD: card}
+        return Candidate(
+            dataclasses.replace(readers.manifest(files), name=name, created=created, version=created), files
+        )
+
+    return Recipes(
+        adapter=stage("adapter", leave("adapter", "cases")),
+        images=stage("images", leave("images", "adapter.made")),
+        privacy=stage("privacy", leave("privacy", "images.made")),
+        members=stage("members", leave("members", "images.made")),
+        candidate=stage("candidate", candidate),
+        verdict=stage("verdict", lambda folder: Said(reasons)),
+    )
+
+
+def _die(chosen: str, here: str) -> None:
+    if chosen == here:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def killed_shelf(ward: Ward, when: str) -> None:
+    """The process dies before the candidate is put there, or when it lies there and nothing else knows."""
+    put = ward.shelf.put
+
+    def dies(*args: Any, **more: Any) -> Any:
+        _die(when, "shelf before")
+        found = put(*args, **more)
+        _die(when, "shelf after")
+        return found
+
+    ward.shelf.put = dies  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    ward = Ward(Path(sys.argv[1]))
+    when = " ".join(sys.argv[2:])
+    killed_shelf(ward, when)
+    print(ward.night(laboratory(when)))  # noqa: T201

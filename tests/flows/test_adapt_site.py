@@ -1,0 +1,104 @@
+"""A night over a site's cases: durable, bounded, and never live by itself."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from busgen_cds.bundle import Bundle
+from busgen_cds.flows import adapt_site
+from busgen_cds.store import audit
+from tests.flows.nights import VERIFIER, Ward, laboratory
+
+STAGES = [
+    f"{stage} {when}"
+    for stage in ("adapter", "images", "privacy", "members", "candidate", "verdict", "shelf")
+    for when in ("before", "after")
+]
+
+
+@pytest.fixture(scope="module")
+def confirmed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A site with twenty cases."""
+    folder = tmp_path_factory.mktemp("ward")
+    ward = Ward(folder)
+    ward.confirm(20)
+    ward.database.close()
+    return folder
+
+
+@pytest.fixture
+def ward(confirmed: Path, tmp_path: Path) -> Ward:
+    shutil.copytree(confirmed, tmp_path / "ward")
+    return Ward(tmp_path / "ward")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(confirmed: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The digest of a night that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("quiet") / "ward"
+    shutil.copytree(confirmed, folder)
+    return Ward(folder).night(laboratory()).split()[1]
+
+
+def test_a_night_ends_on_the_shelf_and_no_further(ward: Ward) -> None:
+    """An accepted candidate is shelved, signed by the night job's key, and not live."""
+    word, digest = ward.night(laboratory()).split()
+    assert word == "shelved" and ward.shelf.get(digest).state == "shelved"
+    assert Bundle.open(ward.folder / "shelf" / digest, VERIFIER).digest == digest
+    assert ward.shelf.standing().number == 0
+    assert list((ward.folder / "nights").iterdir()) == []  # no pixels are left behind
+    (run,) = ward.book.adaptations()
+    assert run.outcome == "shelved" and run.digest == digest and audit.verify(ward.database).sound
+
+
+def test_what_the_judge_refuses_is_kept_with_its_reasons(ward: Ward) -> None:
+    """A refused candidate is kept as refused, with every reason, and cannot be opened."""
+    word, digest = ward.night(laboratory(reasons=("AUC drops by 0.2", "one patient"))).split()
+    kept = ward.shelf.get(digest)
+    assert word == "refused" and kept.state == "refused" and kept.reasons == ("AUC drops by 0.2", "one patient")
+
+
+def test_too_few_new_cases_begin_nothing(ward: Ward) -> None:
+    """A night waits for enough new cases; those that an ended night saw are not new."""
+    teach = len(ward.book.listing("teach"))
+    assert "not enough cases" in ward.night(laboratory(), least_new=teach + 1)
+    assert ward.night(laboratory(), least_new=teach).startswith("shelved")
+    assert ward.night(laboratory(), least_new=1) == "not enough cases: 0 new ones, 1 are asked for"
+    assert ward.night(laboratory(), least_new=99, anyway=True).startswith("shelved")
+
+
+def test_a_stage_that_fails_ends_the_night_with_its_reason(ward: Ward) -> None:
+    """A failure names its stage, removes the pixels, and leaves the cases new."""
+    recipes = laboratory()
+
+    def fails(folder: Path) -> None:
+        raise RuntimeError("a name")
+
+    broken = adapt_site.Recipes(**{**vars(recipes), "members": fails})
+    assert ward.night(broken).startswith("failed")
+    (run,) = ward.book.adaptations()
+    assert run.reason.startswith("members: A fault of ours") and "a name" not in run.reason
+    assert ward.night(laboratory()).startswith("shelved")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("when", STAGES)
+def test_killed_at_every_stage_it_resumes_to_the_same_candidate(ward: Ward, undisturbed: str, when: str) -> None:
+    """kill -9 at every stage: taken up again, the same digest, no half-made bundle, one act on the shelf."""
+    command = [sys.executable, "-m", "tests.flows.nights", str(ward.folder)]
+    killed = subprocess.run([*command, *when.split()], capture_output=True, text=True, timeout=240)
+    assert killed.returncode == -9, killed.stderr[-2000:]
+    for folder in (ward.folder / "shelf").glob("*"):
+        if len(folder.name) == 64:
+            Bundle.open(folder, VERIFIER)  # whole, or not there
+    again = subprocess.run(command, capture_output=True, text=True, timeout=240, env=os.environ)
+    assert again.stdout.split()[:1] == ["shelved"], again.stderr[-2000:]
+    assert again.stdout.split()[1] == undisturbed
+    assert [each.digest for each in ward.shelf.listing()] == [undisturbed]
+    assert len(ward.book.adaptations()) == 1 and audit.verify(ward.database).sound
