@@ -1,7 +1,7 @@
 """Objects → PACS → confirmed; tried for days, and never by running the model again.
 
 Rules:
-- Nothing is sent for a held study, for a superseded result, or to a PACS that says the study is another patient's
+- Nothing is sent for a held study (but the note that rejects what was sent), for a superseded result, or to a PACS that says the study is another patient's
   (safety rule 8).
 - What the PACS said of each object is written down before the next is sent; a refused object stops no other.
 - A PACS that cannot be reached is tried again with a growing delay. When one answers again, all that waits for it goes.
@@ -48,7 +48,9 @@ def _send(delivery_ref: str, tries: int) -> str:
 
 
 def _may_not(services: Services, delivery: Delivery) -> str | None:
-    """Why nothing may be sent, if so (safety rule 8)."""
+    """Why nothing may be sent, if so (safety rule 8); what only takes back may always go."""
+    if services.results.only_takes_back(delivery.ref):
+        return None
     held = services.inbox.held(delivery.study_ref)
     if held or services.query_node is None:
         return held
@@ -72,6 +74,10 @@ def _send_all(services: Services, delivery: Delivery) -> str:
         services.results.said(delivery, sent.sop_instance_uid, state, sent.reason)  # type: ignore[arg-type]
         if not services.results.is_current(delivery.result_ref):
             return "superseded"
+        held = services.inbox.held(delivery.study_ref)
+        if held and not services.results.only_takes_back(delivery.ref):
+            services.results.move(delivery, "parked", reason=held)
+            return "parked"
     if objects:
         desk_in_use().hasten(services.results.hasten(delivery.destination))
     if destination.commitment and any(each.state == "sent" for each in services.results.delivered(delivery.ref)):

@@ -4,12 +4,13 @@ Rules:
 - A study is complete by evidence: silence, a closed association, and the PACS's own count where it can be asked.
 - The model runs once for the same evidence. A late image makes new evidence, and so a new revision.
 - Result, objects and act are kept in one transaction; delivering is another workflow's business.
-- A held study is not read. What fails is tried again, parked or stops the engine, as the exception's type says.
+- A held study is not read; what was sent of it is recalled when it shows a second patient. What fails is tried again, parked or stops the engine, as the exception's type says.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import dataclasses
+from collections.abc import Iterable, Sequence
 
 from dbos import DBOS
 
@@ -18,11 +19,12 @@ from busgen_cds.errors import Misconfigured
 from busgen_cds.flows import desk as desks
 from busgen_cds.flows.desk import Desk
 from busgen_cds.flows.services import Services, failed, in_use, log
-from busgen_cds.result import Declined, Rendered, Result
+from busgen_cds.result import Answer, Declined, Rendered, Result
 from busgen_cds.store.inbox import Instance
 from busgen_cds.store.results import Addressee, Previous, Results
 from busgen_cds.study import NotForUs, evidence_digest
 
+RECALLED = "a second patient id came under this study after it was answered: the results sent are recalled"
 RECOVERIES = 8  # a study that ends the worker this often is parked
 # PS3.6 table A-1: ultrasound, ultrasound multi-frame, and both retired.
 _ULTRASOUND = {f"1.2.840.10008.5.1.4.1.1.{last}" for last in ("6", "6.1", "3", "3.1")}
@@ -80,8 +82,10 @@ def _ask_for_reading(study_ref: str) -> str:
     try:
         instances = services.inbox.instances(study_ref)
         known = services.results.current(study_ref)
-        if not instances or services.inbox.held(study_ref):
-            return "held" if instances else "nothing there"
+        if not instances:
+            return "nothing there"
+        if services.inbox.held(study_ref):
+            return _recall(services, study_ref, instances)
         digest = digest_of(instances, services.results)
         if known and known.evidence_digest == digest:
             services.results.covers(known.ref, len(instances))
@@ -90,6 +94,36 @@ def _ask_for_reading(study_ref: str) -> str:
     except Exception as error:  # noqa: BLE001 - the sweep asks again
         log.warning("Study %s: %s", study_ref, failed(error).reason)
         return "not asked"
+
+
+def _recall(services: Services, study_ref: str, instances: Sequence[Instance]) -> str:
+    """A second patient under a study that was answered: take back what was sent, and send nothing more (rule 8)."""
+    known = services.results.current(study_ref)
+    if known is None or known.instances >= len(instances) or not services.inbox.two_patients(study_ref):
+        return "held"
+    read = instances[: known.instances]  # in the order received: what the answer was made of
+    study = services.intake((services.inbox.open(instance), instance.sha256) for instance in read)
+    replaced = services.results.previous(study_ref)
+    shown = services.results.show(known.ref)
+    if isinstance(study, NotForUs) or replaced is None or shown is None or isinstance(shown.answer, NotForUs):
+        services.results.covers(known.ref, len(instances))  # nothing was said of it
+        return "held"
+    digest, revision = digest_of(instances, services.results), services.results.next_revision(study_ref)
+    answer = _taken_back(shown.answer, revision)
+    notes = tuple(each for each in services.render(study, answer, replaced) if each.kind == "ko")
+    services.results.keep(
+        study_ref, answer, notes, evidence_digest=digest, instances=len(instances), revision=revision,
+        bundle_digest=answer.bundle.digest, addressees=[each.addressee for each in services.destinations],
+        recalled=RECALLED,
+    )  # fmt: skip
+    log.error("Study %s: %s", study_ref, RECALLED)
+    _ask_for_delivery(study_ref)
+    return "recalled"
+
+
+def _taken_back(answer: Result, revision: int) -> Declined:
+    fields = {each.name: getattr(answer, each.name) for each in dataclasses.fields(Answer)}
+    return Declined(**{**fields, "revision": revision}, reason=RECALLED)
 
 
 # ---- Read it

@@ -309,6 +309,11 @@ class Inbox:
             ).scalar_one()
         return reason
 
+    def two_patients(self, study_ref: str) -> bool:
+        with self._database.reading() as session:
+            query = sa.select(_studies.c.two_patients).where(_studies.c.ref == study_ref)
+            return bool(session.execute(query).scalar_one())
+
     def held_studies(self) -> list[tuple[str, str]]:
         """References of the studies that wait for a person, with the reason; the longest waiting first."""
         query = sa.select(_studies.c.ref, _studies.c.held).where(_studies.c.held.is_not(None))

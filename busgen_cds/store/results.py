@@ -246,6 +246,7 @@ class Results:
         bundle_digest: str,
         addressees: Iterable[Addressee] = (),
         accession_number: str = "",
+        recalled: str = "",
         session_also: Callable[[Session], None] | None = None,
     ) -> Entry:
         """Keep a result with all that belongs to it. Repeated, or late and with less evidence, it changes nothing."""
@@ -268,6 +269,8 @@ class Results:
                 evidence_digest=evidence_digest,
                 bundle_digest=bundle_digest,
             )
+            if recalled:
+                entry = dataclasses.replace(entry, alarm=recalled)
             if known:
                 self._supersede(session, known)
             row = dataclasses.asdict(entry)
@@ -278,7 +281,7 @@ class Results:
             refs = self._keep_objects(session, entry, rendered, digests, seal)
             for each in addressees:
                 self._address(session, entry, each, {r: o.kind for r, o in zip(refs, rendered, strict=True)}, now)
-            audit.record(session, *_acts_of(entry, refs, digests), at=now)
+            audit.record(session, *_acts_of(entry, refs, digests, recalled), at=now)
             if session_also:
                 session_also(session)
         return entry
@@ -371,7 +374,7 @@ class Results:
             return [_entry(row) for row in session.execute(query.order_by(*by))]
 
     def alarms(self, *, limit: int = 100) -> list[Entry]:
-        """Current results that rank lower than the ones they replaced."""
+        """Current results that rank lower than the ones they replaced, or that recall them."""
         query = sa.select(*_ENTRY).where(_ALARMING).order_by(_results.c.made_at.desc()).limit(limit)
         with self._database.reading() as session:
             return [_entry(row) for row in session.execute(query)]
@@ -446,14 +449,16 @@ class Results:
             session.execute(sa.update(_results).where(grown).values(instances=instances))
 
     def unread(self, *, settled_before: datetime, received_after: datetime | None = None) -> list[str]:
-        """Studies with instances that their current result does not cover. Held ones wait for a person, not for us."""
+        """Studies with instances that their current result does not cover. Held ones wait for a person, not for us;
+        but an answer to what turned out to be two patients is to be recalled."""
         mine = (_instances.c.study_ref == _studies.c.ref) & ~_instances.c.conflict
         received = sa.select(sa.func.count()).where(mine).scalar_subquery()
         last = sa.select(sa.func.max(_instances.c.received_at)).where(mine).scalar_subquery()
         # evidence only grows, so the newest result covers the most; asked like this, each study costs two look-ups
         covered = sa.select(sa.func.max(_results.c.instances)).where(_results.c.study_ref == _studies.c.ref)
+        answered = sa.select(_results.c.ref).where(_results.c.study_ref == _studies.c.ref).exists()
         query = sa.select(_studies.c.ref).where(
-            _studies.c.held.is_(None),
+            _studies.c.held.is_(None) | (_studies.c.two_patients & answered),
             _studies.c.key.is_not(None),
             received > sa.func.coalesce(covered.scalar_subquery(), 0),
             last < settled_before,
@@ -513,6 +518,10 @@ class Results:
 
     def _open_one(self, rendered_ref: str) -> bytes:
         return self._open_objects(sa.select(_rendered).where(_rendered.c.ref == rendered_ref))[0].data
+
+    def only_takes_back(self, delivery_ref: str) -> bool:
+        """Is it a rejection note, and nothing else?"""
+        return {each.kind for each in self.delivered(delivery_ref)} == {"ko"}
 
     def is_current(self, result_ref: str) -> bool:
         with self._database.reading() as session:
@@ -759,7 +768,7 @@ def _alarm(replaced: Entry | None, rank: int, said: str) -> str:
     return f"Revision {replaced.revision} said {before}; the one that replaces it says {said}."
 
 
-def _acts_of(entry: Entry, refs: Sequence[str], digests: Sequence[str]) -> list[audit.Act]:
+def _acts_of(entry: Entry, refs: Sequence[str], digests: Sequence[str], recalled: str) -> list[audit.Act]:
     detail = {
         "result": entry.ref,
         "revision": entry.revision,
@@ -771,7 +780,8 @@ def _acts_of(entry: Entry, refs: Sequence[str], digests: Sequence[str]) -> list[
     }
     acts = [audit.Act("result made", "reading", entry.reason, entry.study_ref, detail)]
     if entry.alarm:
-        acts.append(audit.Act("category fell", "reading", entry.alarm, entry.study_ref, {"result": entry.ref}))
+        kind = "results recalled" if recalled else "category fell"
+        acts.append(audit.Act(kind, "reading", entry.alarm, entry.study_ref, {"result": entry.ref}))
     return acts
 
 

@@ -109,6 +109,36 @@ def test_two_patients_under_one_study(tmp_path: Path) -> None:
         assert not it.pacs.objects
 
 
+def test_a_second_patient_after_the_answer(tmp_path: Path) -> None:
+    """Rule 8: a second patient id under a study already answered: what was sent is recalled loudly, once; no more goes."""
+    with hospital.opened(tmp_path, prepare=_takes_rejection_notes) as it:
+        study = it.scanner.sends(a_lesion(1, patient_id="A"))
+        it.settles()
+        sent = {str(each.SOPInstanceUID) for each in it.pacs.of(study)}
+        it.scanner.sends(a_lesion(2, patient_id="B")[1:])
+        (note,) = it.waits_until(lambda: it.pacs.of(study, modality="KO"))
+        it.settles()
+        assert all(uid in str(note) for uid in sent) and note.PatientID == "A"
+        assert {str(each.SOPInstanceUID) for each in it.pacs.of(study)} == sent | {str(note.SOPInstanceUID)}
+        assert it.reader.reads == [study]
+        (alarm,) = it.site.results.alarms()
+        assert "recalled" in alarm.alarm and it.acts("results recalled") == 1
+        assert {one.state for one in waiting(it)} == {"held", "alarm"}
+
+
+def test_a_second_patient_where_no_rejection_is_taken(tmp_path: Path) -> None:
+    """Rule 8: a PACS that takes no rejection notes gets nothing more; the alarm and the record say it all the same."""
+    with hospital.opened(tmp_path) as it:
+        study = it.scanner.sends(a_lesion(1, patient_id="A"))
+        it.settles()
+        sent = len(it.pacs.of(study))
+        it.scanner_without_a_bell_sends(a_lesion(2, patient_id="B")[1:])
+        it.waits_until(lambda: it.acts("results recalled"))
+        it.settles()
+        assert len(it.pacs.of(study)) == sent
+        assert it.site.results.alarms()
+
+
 def test_complete_by_the_count_of_the_pacs(tmp_path: Path) -> None:
     """Where the PACS can be asked, a study waits for the images that it counts and we lack: one reading, not two."""
     with hospital.opened(tmp_path, prepare=_asks_the_pacs) as it:
