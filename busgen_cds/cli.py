@@ -163,9 +163,18 @@ def _open(config: Path) -> Site:
 
 
 @app.command()
-def check(config: Config = HERE, as_json: Json = False) -> None:
+def check(
+    config: Config = HERE,
+    security: Annotated[
+        bool, typer.Option("--security", help="Rate each control of this site instead: ok, warn or fail, and what to do.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """Is everything in place? Settings, database, disk, keys, bundle, engine, and an echo to every node."""
     from busgen_cds import checks
+
+    if security:
+        return custody.rate(config, as_json)
 
     found = checks.everything(config / settings.FILE if config.is_dir() else config)
     if as_json:
@@ -174,6 +183,7 @@ def check(config: Config = HERE, as_json: Json = False) -> None:
         _table(("", "what", "found"), [("✓" if each.good else "✗", each.what, each.found) for each in found])
     if not all(each.good for each in found):
         raise typer.Exit(1)
+    return None
 
 
 @app.command()

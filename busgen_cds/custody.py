@@ -175,6 +175,24 @@ def _checkpoint_folder(site: Site) -> Path | None:
     return site.settings.path(folder) if folder else None
 
 
+# ---- How safe is it?
+
+MARKS = {"ok": "✓", "warn": "!", "fail": "✗"}
+
+
+def rate(config: Path, as_json: bool) -> None:
+    """`check --security`: each control of a running site, with what to do; ends with 1 when one fails."""
+    from busgen_cds import safety
+
+    found = safety.everything(_file(config))
+    if as_json:
+        print_json([each._asdict() for each in found])
+    else:
+        table(("", "control", "found", "what to do"), [(MARKS[e.rating], e.control, e.found, e.do) for e in found])
+    if any(each.rating == "fail" for each in found):
+        raise typer.Exit(1)
+
+
 # ---- Keys
 
 

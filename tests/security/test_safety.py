@@ -1,0 +1,120 @@
+"""`check --security`: what is wrong with a site is named, with what to do."""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+
+import pytest
+
+from busgen_cds import app, safety, settings
+from busgen_cds.safety import Rated
+from busgen_cds.store import site_keys, vault
+from busgen_cds.store.people import People
+from tests.security.certificates import Authority
+
+SETTINGS = """
+[site]
+name = "Example"
+prevalence = 0.1
+[listener]
+port = 1
+allow = [{ ae_title = "US1", addresses = ["10.0.0.1"] }]
+[web]
+port = 1
+secure = true
+[retention]
+declined_days = 90
+[record]
+checkpoints = "points"
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return app.found(tmp_path / "site", SETTINGS, site_keys.new_passphrase())
+
+
+def changed(file: Path, *replaced: tuple[str, str]) -> None:
+    text = file.read_text()
+    for old, new in replaced:
+        assert old in text
+        text = text.replace(old, new)
+    file.write_text(text)
+
+
+def rated(file: Path, control: str, rating: str = "") -> list[Rated]:
+    found = [each for each in safety.everything(file) if each.control == control]
+    assert found and all(each.do for each in found if each.rating != "ok"), "each that is not ok says what to do"
+    return [each for each in found if each.rating == rating] if rating else found
+
+
+def test_a_site_as_it_is_made(file: Path) -> None:
+    """A site as `init` makes it fails nothing but the checkpoint that no worker wrote yet."""
+    found = safety.everything(file)
+    assert [each.control for each in found if each.rating == "fail"] == ["checkpoints"]
+    assert {each.control for each in found} >= {
+        "files", "site key", "who may send", "plain DICOM", "DICOM port", "DICOM over TLS", "other systems", "pages",
+        "people", "record of acts", "audit repository", "retention", "bundle", "account of the service",
+    }  # fmt: skip
+
+
+def test_open_files_and_keys(file: Path) -> None:
+    """Keys that others may read, a key beside its data and an older key still in use are named."""
+    key = file.parent / "keys" / "site.key"
+    assert "the disk that it protects" in rated(file, "site key", "warn")[0].found
+    vault.KeyFile(str(key)).put_first(vault.new_key())
+    assert any("keys retire" in each.do for each in rated(file, "site key", "warn"))
+    (file.parent / "keys" / site_keys.NIGHT).chmod(0o644)
+    assert "chmod" in rated(file, "files", "fail")[0].do
+    key.chmod(0o644)
+    assert [(each.control, each.rating) for each in safety.everything(file)] == [("site", "fail")]
+
+
+def test_open_doors(file: Path) -> None:
+    """Senders from anywhere, plain DICOM from a network, readable passwords and readable results are named."""
+    changed(
+        file,
+        (', addresses = ["10.0.0.1"]', ""),
+        ("port = 1\nallow", 'port = 1\nplain_from = ["10.0.0.0/8"]\ncheck_called_ae = false\nallow'),
+        ("[web]\nport = 1\nsecure = true", '[web]\nport = 1\nhost = "0.0.0.0"'),
+        ("[retention]", '[[nodes]]\nname = "pacs"\nae_title = "P"\nhost = "10.0.0.9"\n[retention]'),
+    )
+    assert len(rated(file, "who may send", "warn")) == 2
+    assert "10.0.0.0/8" in rated(file, "plain DICOM", "warn")[0].found
+    assert rated(file, "DICOM over TLS", "warn") and rated(file, "other systems", "warn")
+    assert "passwords travel readable" in rated(file, "pages", "fail")[0].found
+
+
+def test_certificates(file: Path, tmp_path: Path) -> None:
+    """A certificate that ends soon, and a title that no certificate speaks for, are named."""
+    certificate, key, _ = Authority(tmp_path / "ca").issues("listener")
+    key.chmod(0o600)
+    tls = f'[listener.tls]\nport = 1\ncertificate = "{certificate}"\nkey = "{key}"\nauthority = "{certificate}"\n'
+    changed(file, ("[web]", tls + "[web]"))
+    found = rated(file, "DICOM over TLS", "warn")
+    assert any("holds for 0 days" in each.found for each in found) and any("US1" in each.found for each in found)
+
+
+def test_people(file: Path) -> None:
+    """Administrators without a second factor, and a site without an auditor, are named."""
+    assert "no account" in rated(file, "people")[0].found
+    with app.opened_site(settings.read(file)) as site:
+        People(site.database, site.vault).add("ann.smith", "correct horse battery", ["admin"], "system")
+    found = rated(file, "people", "warn")
+    assert "ann.smith" in found[0].found and "auditor" in found[1].found
+
+
+def test_the_record(file: Path) -> None:
+    """An altered record fails; so does one whose checkpoint names what is gone."""
+    from busgen_cds.store import checkpoints
+
+    with app.opened_site(settings.read(file)) as site:
+        People(site.database, site.vault).add("ann.smith", "correct horse battery", ["auditor"], "system")
+        key = checkpoints.signer(file.parent / "keys" / "record.key")
+        checkpoints.export(site.database, file.parent / "points", key)
+    assert not rated(file, "record of acts", "fail")
+    assert "on the disk of the record" in rated(file, "checkpoints", "warn")[0].found
+    with sqlite3.connect(file.parent / "data" / "busgen-cds.sqlite") as connection:
+        connection.execute("DELETE FROM act")
+    assert "checkpoint names entry" in rated(file, "record of acts", "fail")[0].found
