@@ -166,7 +166,8 @@ def _open(config: Path) -> Site:
 def check(
     config: Config = HERE,
     security: Annotated[
-        bool, typer.Option("--security", help="Rate each control of this site instead: ok, warn or fail, and what to do.")
+        bool,
+        typer.Option("--security", help="Rate each control of this site instead: ok, warn or fail, and what to do."),
     ] = False,
     as_json: Json = False,
 ) -> None:
