@@ -27,6 +27,7 @@ from busgen_cds.dicom.association import CommitmentReport, CommitmentRequest, No
 from busgen_cds.dicom.association import Desk as ReceivingDesk
 from busgen_cds.dicom.listener import Listener, ListenerConfig, Tls
 from busgen_cds.dicom.objects import EVERYWHERE, KINDS, Profile
+from busgen_cds.dicom.reporting import Reporter
 from busgen_cds.dicom.upper_layer import Limits
 from busgen_cds.errors import Misconfigured
 from busgen_cds.flows import desk, read_files, services
@@ -272,8 +273,15 @@ def receiving_desk(chosen: Settings) -> ReceivingDesk:
         association_closed=site.desk.association_closed,
         committed=site.desk.committed,
         commitment=partial(_answer_for, site),
+        report_later=Reporter(partial(_reports_to, chosen), noted).later,
         noted=noted,
     )
+
+
+def _reports_to(chosen: Settings, calling_ae: str) -> outbox.Node | None:
+    """Where a sender hears of storage commitment when it has hung up."""
+    named = [each.report_to for each in chosen.listener.allow if each.ae_title == calling_ae and each.report_to]
+    return node(chosen, named[0]) if named else None
 
 
 def _answer_for(site: Site, request: CommitmentRequest) -> CommitmentReport:

@@ -50,6 +50,10 @@ class Peer(_Section):
         pattern=r"^([0-9a-fA-F]{64})?$",
         description="SHA-256 of its client certificate (DER), in hexadecimal: what binds the title to it over TLS.",
     )
+    report_to: str = Field(
+        default="",
+        description="Name of the node that hears of storage commitment when the sender has hung up; none: nobody.",
+    )
 
 
 class Tls(_Section):
@@ -122,6 +126,9 @@ class Models(_Section):
     )
     trusted: Path = Field(
         default=Path("keys/trusted"), description="Public keys (PEM) of other sites whose packages may be imported."
+    )
+    generator: Path | None = Field(
+        default=None, description="Folder of the generator that the laboratory's page uses; unset: the one shipped."
     )
 
 

@@ -10,7 +10,7 @@ import json
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -30,7 +30,7 @@ def open_store(folder: Path, **options: int) -> tuple[Database, Inbox]:
     return opened, Inbox(folder / "inbox", opened, Vault(SITE_KEY), **options)
 
 
-def desk(folder: Path, least_free_bytes: int = 0) -> Desk:
+def desk(folder: Path, least_free_bytes: int = 0, later: Callable[[CommitmentReport], bool] | None = None) -> Desk:
     opened, inbox = open_store(folder, least_free_bytes=least_free_bytes)
     bell, lock = folder / "bell.jsonl", threading.Lock()
 
@@ -52,15 +52,22 @@ def desk(folder: Path, least_free_bytes: int = 0) -> Desk:
         arrived=lambda ref: ring(arrived=ref),
         association_closed=lambda refs: ring(closed=sorted(refs)),
         commitment=commitment,
+        report_later=later or (lambda _report: False),
         noted=note,
     )
 
 
 @contextmanager
-def listening(folder: Path, config: ListenerConfig | None = None, *, least_free_bytes: int = 0) -> Iterator[Listener]:
+def listening(
+    folder: Path,
+    config: ListenerConfig | None = None,
+    *,
+    least_free_bytes: int = 0,
+    later: Callable[[CommitmentReport], bool] | None = None,
+) -> Iterator[Listener]:
     """A listener in this process's threads, unless the configuration says otherwise."""
     config = config or ListenerConfig(host="127.0.0.1", port=0, processes=0)
-    listener = Listener(config, functools.partial(desk, folder, least_free_bytes))
+    listener = Listener(config, functools.partial(desk, folder, least_free_bytes, later))
     listener.start()
     try:
         yield listener

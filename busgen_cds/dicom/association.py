@@ -144,7 +144,9 @@ class Desk:
     arrived: Callable[[str], None]
     association_closed: Callable[[frozenset[str]], None]
     commitment: Callable[[CommitmentRequest], CommitmentReport]
-    report_later: Callable[[CommitmentReport], bool] = lambda _report: False  # True: it will be sent to their node
+    report_later: Callable[[CommitmentReport], bool] = lambda _report: (
+        False
+    )  # on another association; False: no address
     noted: Callable[[Noted], None] = lambda _noted: None
     committed: Callable[[Commitment], None] = lambda _word: None  # a PACS's word on what we sent it
 
@@ -218,6 +220,7 @@ class Association:
         self._studies: set[str] = set()
         self._fragments: Iterator[Fragment] = iter(())
         self._events = 0
+        self._unheard: dict[int, CommitmentReport] = {}  # reports that the peer has not answered, by message id
 
     def run(self, admitted: Callable[[], None] = lambda: None) -> None:
         request = self._wire.request()
@@ -236,6 +239,7 @@ class Association:
             self._converse(request)
         finally:
             self._places.leave(place)
+            self._report_unheard()
             self._desk.association_closed(frozenset(self._studies))
 
     def _refuse(self, why: str, how: tuple[int, int, int]) -> None:
@@ -364,7 +368,10 @@ class Association:
         if has_data:
             for _ in self._data(context):
                 pass
-        if kind == _N_EVENT | _RESPONSE or kind == _C_CANCEL:
+        if kind == _N_EVENT | _RESPONSE:
+            self._unheard.pop(ul.number(command, ul.RESPONDED_TO), None)
+            return
+        if kind == _C_CANCEL:
             return
         if kind & _RESPONSE:
             self._wire.abort(ul.UNEXPECTED_PDU)
@@ -402,8 +409,7 @@ class Association:
             return
         report = self._desk.commitment(request)
         self._answer(context, command, 0x0000)
-        if not self._desk.report_later(report):
-            self._report(context, report)
+        self._report(context, report)
 
     def _commitment_request(self, raw: bytes, transfer_syntax: str) -> CommitmentRequest:
         implicit = transfer_syntax == uids.ImplicitVRLittleEndian
@@ -420,6 +426,7 @@ class Association:
     def _report(self, context: Accepted, report: CommitmentReport) -> None:
         """On the same association, as PS3.4 J.3.3 allows; the answer to it is taken by `_other`."""
         self._events += 1
+        self._unheard[self._events] = report
         command = ul.build_command(
             {
                 ul.AFFECTED_SOP_CLASS: COMMITMENT,
@@ -431,6 +438,12 @@ class Association:
             }
         )
         self._wire.send_message(context.id, command, encode(event_report(report), context.transfer_syntax))
+
+    def _report_unheard(self) -> None:
+        """Whoever hung up before it answered a report gets it on another association."""
+        for report in self._unheard.values():
+            if not self._desk.report_later(report):
+                self._note("commitment not reported", "it hung up, and no address is set for reports to it")
 
 
 def _read(raw: bytes, transfer_syntax: str) -> Dataset:

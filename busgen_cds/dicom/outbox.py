@@ -28,8 +28,9 @@ from typing import Any, NamedTuple, Protocol
 import pydicom
 from pydicom.dataset import Dataset
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, generate_uid
-from pynetdicom import AE, build_context, evt
+from pynetdicom import AE, build_context, build_role, evt
 from pynetdicom.association import Association
+from pynetdicom.pdu_primitives import SCP_SCU_RoleSelectionNegotiation
 from pynetdicom.presentation import PresentationContext
 from pynetdicom.sop_class import (  # type: ignore[attr-defined]
     StorageCommitmentPushModel,
@@ -39,8 +40,8 @@ from pynetdicom.sop_class import (  # type: ignore[attr-defined]
 )
 
 from busgen_cds.dicom import reactor
+from busgen_cds.dicom.association import CommitmentReport, event_report, event_type
 from busgen_cds.dicom.commitment import Commitment, read_report
-from busgen_cds.dicom.tls import strict
 from busgen_cds.dicom.tls import strict
 from busgen_cds.errors import Misconfigured, Transient
 
@@ -254,6 +255,28 @@ def request_commitment(
     return heard[0] if heard else None
 
 
+def report_commitment(report: CommitmentReport, to: Node) -> None:
+    """Tell a scanner, on an association of our own, what we keep of what it asked after (PS3.4 J.3.3)."""
+    contexts = [build_context(StorageCommitmentPushModel, [ExplicitVRLittleEndian, ImplicitVRLittleEndian])]
+    we_provide = build_role(StorageCommitmentPushModel, scu_role=False, scp_role=True)
+    try:
+        with _association(to, contexts, roles=[we_provide]) as association:
+            answer, _ = association.send_n_event_report(
+                event_report(report),
+                event_type(report),
+                StorageCommitmentPushModel,
+                StorageCommitmentPushModelInstance,
+            )
+    except (_NothingAccepted, ValueError) as refused:
+        raise Misconfigured(
+            f"{to} takes no reports on storage commitment: correct report_to of this sender."
+        ) from refused
+    except RuntimeError as gone:
+        raise Transient(f"{to} closed the association before it was told of storage commitment.") from gone
+    if not answer or answer.get("Status") != 0:
+        raise Transient(f"{to} did not take a report on storage commitment.")
+
+
 def _ask(association: Association, objects: Sequence[Instance], of: Node, transaction_uid: str) -> None:
     wanted = Dataset()
     wanted.TransactionUID = transaction_uid
@@ -360,7 +383,10 @@ class _NothingAccepted(Exception):
 
 @contextmanager
 def _association(
-    node: Node, contexts: list[PresentationContext], handlers: Sequence[tuple[Any, Any]] = ()
+    node: Node,
+    contexts: list[PresentationContext],
+    handlers: Sequence[tuple[Any, Any]] = (),
+    roles: Sequence[SCP_SCU_RoleSelectionNegotiation] = (),
 ) -> Iterator[Association]:
     entity = AE(ae_title=node.calling_ae)
     entity.connection_timeout = entity.acse_timeout = min(10.0, node.timeout_seconds)
@@ -373,6 +399,7 @@ def _association(
             contexts=contexts,
             ae_title=node.ae_title,
             tls_args=tls,
+            ext_neg=list(roles),
             evt_handlers=[(evt.EVT_CONN_OPEN, _no_delay), (evt.EVT_CONN_OPEN, reactor.stands_still), *handlers],
         )
     except OSError as wrong:

@@ -1,8 +1,8 @@
 """Objects → PACS → confirmed; tried for days, and never by running the model again.
 
 Rules:
-- Nothing is sent for a held study (but the note that rejects what was sent), for a superseded result, or to a PACS that says the study is another patient's
-  (safety rule 8).
+- Nothing is sent for a held study (but the note that rejects what was sent), for a superseded result, or to a PACS
+  that says the study is another patient's (safety rule 8).
 - What the PACS said of each object is written down before the next is sent; a refused object stops no other.
 - A PACS that cannot be reached is tried again with a growing delay. When one answers again, all that waits for it goes.
 - Where it offers storage commitment, sent is not yet confirmed; it is asked until it says so.

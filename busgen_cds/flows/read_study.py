@@ -4,7 +4,8 @@ Rules:
 - A study is complete by evidence: silence, a closed association, and the PACS's own count where it can be asked.
 - The model runs once for the same evidence. A late image makes new evidence, and so a new revision.
 - Result, objects and act are kept in one transaction; delivering is another workflow's business.
-- A held study is not read; what was sent of it is recalled when it shows a second patient. What fails is tried again, parked or stops the engine, as the exception's type says.
+- A held study is not read; what was sent of it is recalled when it shows a second patient.
+- What fails is tried again, parked or stops the engine, as the exception's type says.
 """
 
 from __future__ import annotations

@@ -5,10 +5,12 @@ from __future__ import annotations
 import datetime
 import hashlib
 import io
+import queue
 import socket
 import ssl
 import struct
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +21,17 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from pydicom.dataset import Dataset
+from pynetdicom import AE, evt
 
 from busgen_cds.dicom.association import COMMITMENT, COMMITMENT_INSTANCE, Peer, Rules
 from busgen_cds.dicom.listener import Listener, ListenerConfig, Tls
+from busgen_cds.dicom.outbox import Node
+from busgen_cds.dicom.reporting import Reporter
 from busgen_cds.errors import Misconfigured
 from tests.dicom import raw
 from tests.dicom.raw import EXPLICIT, IMPLICIT, US_IMAGE, Hung, Scanner
-from tests.reception import listening
+from tests.programs import free_port
+from tests.reception import bell, listening
 
 PEM = serialization.Encoding.PEM
 
@@ -206,3 +212,61 @@ def test_storage_commitment(tmp_path: Path) -> None:
         _ask(scanner, 3, b"\1\2\3")
         assert scanner.response()[0] == 0x0115
         scanner.release()
+
+
+def test_a_scanner_that_hung_up_is_told_on_another_association(tmp_path: Path) -> None:
+    """Storage commitment: who releases before the report gets it at its configured address, once it can be reached."""
+    ward = _Ward()
+    reporter = Reporter({"SCANNER": ward.node}.get, delays=(0.1, 0.1, 1.0, 1.0, 1.0))
+    with listening(tmp_path, ListenerConfig(Rules(), "127.0.0.1", 0, processes=0), later=reporter.later) as listener:
+        with Scanner(listener.port) as scanner:
+            scanner.associate((US_IMAGE, (EXPLICIT,)), (COMMITMENT, (IMPLICIT,)))
+            assert scanner.store("1.2.3.4", raw.image("1.2.3.4")) == 0
+            _ask(scanner, 3, _request((US_IMAGE, "1.2.3.4"), (US_IMAGE, "9.9")))
+        time.sleep(0.5)  # the first tries find nobody
+        ward.opens()
+        try:
+            event, report = ward.heard.get(timeout=20)
+        finally:
+            ward.closes()
+    assert event == 2 and report.TransactionUID == "1.2.9"
+    assert [item.ReferencedSOPInstanceUID for item in report.ReferencedSOPSequence] == ["1.2.3.4"]
+    assert [item.ReferencedSOPInstanceUID for item in report.FailedSOPSequence] == ["9.9"]
+
+
+def test_a_scanner_that_hung_up_without_an_address(tmp_path: Path) -> None:
+    """Where no address is set for reports, the record of acts says that the scanner was not told."""
+    with listening(tmp_path, ListenerConfig(Rules(), "127.0.0.1", 0, processes=0)) as listener:
+        with Scanner(listener.port) as scanner:
+            scanner.associate((US_IMAGE, (EXPLICIT,)), (COMMITMENT, (IMPLICIT,)))
+            _ask(scanner, 3, _request((US_IMAGE, "9.9")))
+        _until(lambda: any(line.get("kind") == "commitment not reported" for line in bell(tmp_path)))
+
+
+class _Ward:
+    """Another application entity, as scanners have one beside them that hears reports: pynetdicom's."""
+
+    def __init__(self) -> None:
+        self.heard: queue.Queue[tuple[int, Dataset]] = queue.Queue()
+        self.node = Node("ward", "WARD", "127.0.0.1", free_port(), timeout_seconds=5)
+        self._server: Any = None
+
+    def opens(self) -> None:
+        entity = AE(ae_title="WARD")
+        entity.add_supported_context(COMMITMENT, scu_role=False, scp_role=True)
+        handlers = [(evt.EVT_N_EVENT_REPORT, self._hears)]
+        self._server = entity.start_server((self.node.host, self.node.port), block=False, evt_handlers=handlers)
+
+    def closes(self) -> None:
+        self._server.shutdown()
+
+    def _hears(self, event: Any) -> tuple[int, None]:
+        self.heard.put((event.event_type, event.event_information))
+        return 0, None
+
+
+def _until(true: Callable[[], bool]) -> None:
+    end = time.monotonic() + 20
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.05)

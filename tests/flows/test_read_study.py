@@ -110,7 +110,7 @@ def test_two_patients_under_one_study(tmp_path: Path) -> None:
 
 
 def test_a_second_patient_after_the_answer(tmp_path: Path) -> None:
-    """Rule 8: a second patient id under a study already answered: what was sent is recalled loudly, once; no more goes."""
+    """Rule 8: a second patient id under an answered study: what was sent is recalled loudly, once; no more goes."""
     with hospital.opened(tmp_path, prepare=_takes_rejection_notes) as it:
         study = it.scanner.sends(a_lesion(1, patient_id="A"))
         it.settles()
