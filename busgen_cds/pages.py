@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+from collections.abc import Callable
 
 from fastapi import FastAPI
 
@@ -46,6 +47,7 @@ def of(site: Site, first_code: str = "") -> FastAPI:
                 for each in chosen.nodes
             ),
             checks={"bundle": lambda: site.shelf.live().name.digest[:12]},
+            models=_models(site),
             viewer=chosen.web.viewer,
             first_code=first_code,
             secure=chosen.web.secure,
@@ -82,6 +84,20 @@ def first_code(site: Site) -> str:
 def _gets(chosen: Settings, name: str) -> str:
     words = {"sr": "report", "sc": "capture", "seg": "segmentation", "pr": "presentation state"}
     return ", ".join(words[kind] for each in chosen.destinations if each.node == name for kind in each.kinds)
+
+
+def _models(site: Site) -> web.Models:
+    shelf = site.shelf
+    return web.Models(
+        shelf=shelf,
+        shadow=site.shadow,
+        drift=site.drift,
+        promote=lambda digest, who, passphrase: app.promote(site, digest, person=who, passphrase=passphrase),
+        roll_back=lambda who, passphrase: app.roll_back(site, person=who, passphrase=passphrase),
+        begin_shadow=lambda digest, who: shelf.to_shadow(digest, person=who),
+        end_shadow=lambda digest, who: shelf.end_shadow(digest, person=who),
+        withdraw=lambda digest, who, why: shelf.withdraw(digest, person=who, reason=why),
+    )
 
 
 class _Live:

@@ -38,6 +38,7 @@ Right = Literal[
     "operations.read",
     "operations.act",
     "models.read",
+    "models.act",
     "audit.read",
     "people.manage",
 ]
@@ -47,9 +48,11 @@ ALL_RIGHTS: tuple[Right, ...] = get_args(Right)
 RIGHTS: dict[Role, frozenset[Right]] = {
     "reader": frozenset({"studies.read", "studies.confirm", "models.read"}),
     "operator": frozenset({"studies.read", "studies.retry", "operations.read", "operations.act", "models.read"}),
-    "physicist": frozenset({"studies.read", "operations.read", "models.read"}),
+    "physicist": frozenset({"studies.read", "operations.read", "models.read", "models.act"}),
     "auditor": frozenset({"audit.read"}),
-    "admin": frozenset({"operations.read", "operations.act", "models.read", "audit.read", "people.manage"}),
+    "admin": frozenset(
+        {"operations.read", "operations.act", "models.read", "models.act", "audit.read", "people.manage"}
+    ),
 }
 
 FAILURES = 5

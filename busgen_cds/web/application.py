@@ -22,13 +22,26 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from busgen_cds.errors import Misconfigured, Transient, Untrusted
 from busgen_cds.store.cases import Unfit
 from busgen_cds.store.people import Refused
-from busgen_cds.web import api, auth, entry, fhir, live, machine, management, reading, render, worklist
+from busgen_cds.web import (
+    api,
+    auth,
+    entry,
+    fhir,
+    live,
+    machine,
+    management,
+    models,
+    models_api,
+    reading,
+    render,
+    worklist,
+)
 from busgen_cds.web.front import Front
 from busgen_cds.web.site import NOT_A_DIAGNOSIS, Site
 
 log = logging.getLogger("busgen_cds.web")
 STATIC = Path(__file__).parent / "static"
-PAGES = (entry, worklist, reading, management, live, machine)  # what is not in the API's description
+PAGES = (entry, worklist, reading, management, models, live, machine)  # what is not in the API's description
 
 _DESCRIPTION = f"""{NOT_A_DIAGNOSIS}. Clinical decision support for breast ultrasound.
 
@@ -55,6 +68,7 @@ def create(site: Site, *, slowest: float = auth.SLOWEST_BODY) -> FastAPI:
     for part in PAGES:
         app.include_router(part.router, include_in_schema=False)
     app.include_router(api.router, prefix="/api/v1")
+    app.include_router(models_api.router, prefix="/api/v1")
     app.include_router(fhir.router, prefix="/fhir/r4")
     app.mount("/static", StaticFiles(directory=STATIC), name="static")
     app.add_middleware(auth.Guard, secure=site.secure, slowest=slowest)

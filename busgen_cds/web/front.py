@@ -27,6 +27,7 @@ from busgen_cds.web.site import LiveBundle, Site
 
 LOG_INS_PER_MINUTE = 30
 CALLS_PER_MINUTE = 1200
+PASSPHRASES_PER_MINUTE = 5
 SAME_LOOK = timedelta(minutes=10)
 
 
@@ -58,6 +59,7 @@ class Front:
         self.jobs = Jobs(site.database, site.clock)
         self.worklist = Worklist(site.database, site.vault)
         self.log_ins, self.calls = Limit(LOG_INS_PER_MINUTE), Limit(CALLS_PER_MINUTE)
+        self.passphrases = Limit(PASSPHRASES_PER_MINUTE)
         self._looks: OrderedDict[tuple[str, str, int], float] = OrderedDict()
         self._lock = threading.Lock()
 

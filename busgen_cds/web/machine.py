@@ -9,6 +9,7 @@ Rules:
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
 
@@ -17,6 +18,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from busgen_cds.store.people import Person
+from busgen_cds.store.shelf import STATES
 from busgen_cds.web import auth
 from busgen_cds.web.front import Front
 from busgen_cds.web.management import ALIVE, BOUNDS
@@ -81,11 +83,39 @@ def _lines(front: Front) -> Iterator[str]:
     yield from _gauge("busgen_disk_free_bytes", "Free disk under the site's folder.", [("", disk.free)])
     yield from _gauge("busgen_disk_bytes", "Its size.", [("", disk.total)])
     yield from _gauge("busgen_quarantined", "Instances in quarantine.", [("", _quarantined(front))])
+    yield from _models(front)
     yield from _gauge("busgen_acts", "Entries of the record.", [("", front.last_act())])
     times = worklist.answer_times(now - timedelta(days=1))
     yield from _histogram("busgen_answer_seconds", "Last image to answer, last day.", [t for _, t, _ in times])
     sent = [t for _, _, t in times if t is not None]
     yield from _histogram("busgen_delivery_seconds", "Last image to delivered report, last day.", sent)
+
+
+def _models(front: Front) -> Iterator[str]:
+    models, bundle = front.site.models, front.bundle()
+    if models is None:
+        return
+    states = Counter(each.state for each in models.shelf.listing())
+    values = [(f'state="{state}"', states[state]) for state in STATES]
+    yield from _gauge("busgen_shelf", "Bundles on the shelf.", values)
+    yield from _gauge(
+        "busgen_live_statement", "Number of the word on what is live.", [("", models.shelf.standing().number)]
+    )
+    weeks = models.drift.weeks(bundle.name.digest, last=1) if bundle else []
+    newest = {week.device: week for week in reversed(weeks)}
+    drifts = [
+        (f'device="{_label(device or "all")}",figure="{figure.name}"', figure.value)
+        for device, week in sorted(newest.items())
+        for figure in week.figures
+    ]
+    yield from _gauge("busgen_drift", "How the newest week differs from the reference.", drifts)
+    alarming = sum(figure.alarming for week in newest.values() for figure in week.figures)
+    yield from _gauge("busgen_drift_alarms", "Figures of the newest week that are alarming.", [("", alarming)])
+
+
+def _label(text: str) -> str:
+    """A scanner's own name for itself is foreign text."""
+    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", " ")
 
 
 def _gauge(name: str, words: str, values: Iterable[tuple[str, float]]) -> Iterator[str]:

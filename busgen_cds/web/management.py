@@ -1,4 +1,4 @@
-"""Operations, models, the record of acts and the people: what a site's own staff looks after."""
+"""Operations, the record of acts and the people: what a site's own staff looks after."""
 
 from __future__ import annotations
 
@@ -133,33 +133,6 @@ def quarantined(front: Front) -> list[Any]:
     query = sa.select(*(_quarantine.c[name] for name in columns)).order_by(_quarantine.c.received_at.desc())
     with front.site.database.reading() as session:
         return list(session.execute(query.limit(MOST_QUARANTINED)))
-
-
-# -- models
-
-
-@router.get("/models")
-def models(request: Request, person: Person = auth.page("models.read")) -> Response:
-    bundle = auth.front_of(request).bundle()
-    return render.page(request, "models.html", {"figures": flat(bundle.figures) if bundle else []})
-
-
-def flat(figures: Any, name: str = "") -> list[tuple[str, str]]:
-    """Figures as lines: nested names are joined, an interval stays together."""
-    if isinstance(figures, dict):
-        return [line for key, value in figures.items() for line in flat(value, f"{name} · {key}" if name else str(key))]
-    if isinstance(figures, list | tuple):
-        if len(figures) > 8:
-            return [(name, f"{len(figures)} values")]
-        if len(figures) == 3 and all(isinstance(each, float) for each in figures):  # a figure and its interval
-            value, low, high = map(_figure, figures)
-            return [(name, f"{value} ({low} to {high})")]
-        return [(name, ", ".join(_figure(each) for each in figures))]
-    return [(name, _figure(figures))]
-
-
-def _figure(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 # -- the record of acts

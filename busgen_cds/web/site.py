@@ -17,6 +17,9 @@ from busgen_cds import __version__
 from busgen_cds.result import BundleName, HeatMap
 from busgen_cds.store.cases import Word
 from busgen_cds.store.database import Database
+from busgen_cds.store.drift import Drift
+from busgen_cds.store.shadow import Shadow
+from busgen_cds.store.shelf import Shelf, Shelved, Standing
 from busgen_cds.store.vault import Vault
 from busgen_cds.study import Source, Spacing
 from busgen_cds.web.oidc import Provider
@@ -54,6 +57,20 @@ class Node:
     gets: str = ""  # which results it gets, in words
 
 
+@dataclass(frozen=True)
+class Models:
+    """The shelf and what is known of how its bundles do, to be read; and the verbs that change it."""
+
+    shelf: Shelf
+    shadow: Shadow
+    drift: Drift
+    promote: Callable[[str, str, str], Standing]  # digest, who, the promoter's passphrase
+    roll_back: Callable[[str, str], Standing]  # who, passphrase
+    begin_shadow: Callable[[str, str], Shelved]  # digest, who
+    end_shadow: Callable[[str, str], Shelved]
+    withdraw: Callable[[str, str, str], Shelved]  # digest, who, why
+
+
 Check = Callable[[], str]  # says in words what it found, or raises
 
 
@@ -72,6 +89,7 @@ class Site:
     release: Callable[[str, str], None]  # a held study, who
     resume: Callable[[str], bool]  # the engine, who
     echo: Callable[[str], float]  # node → seconds
+    models: Models | None = None  # None: no shelf, only the bundle that is live
     nodes: Sequence[Node] = ()
     checks: Mapping[str, Check] = field(default_factory=dict)  # what must hold before work is taken
     viewer: str = ""  # a link to the site's viewer; {study_uid} and {series_uid} are filled in

@@ -30,6 +30,12 @@ NEEDS: dict[tuple[str, str], Right | None] = {
     ("get", "/api/v1/quarantine"): "operations.read",
     ("post", "/api/v1/engine/resume"): "operations.act",
     ("get", "/api/v1/bundle"): "models.read",
+    ("get", "/api/v1/shelf"): "models.read",
+    ("get", "/api/v1/shelf/{digest}/comparison"): "models.read",
+    ("post", "/api/v1/shelf/{digest}/shadow"): "models.act",
+    ("post", "/api/v1/shelf/{digest}/promote"): "models.act",
+    ("post", "/api/v1/roll-back"): "models.act",
+    ("get", "/api/v1/drift"): "models.read",
     ("get", "/api/v1/acts"): "audit.read",
     ("post", "/api/v1/acts/verify"): "audit.read",
     ("get", "/api/v1/acts/export"): "audit.read",
@@ -46,6 +52,9 @@ NEEDS: dict[tuple[str, str], Right | None] = {
 }
 BODIES: dict[tuple[str, str], Any] = {
     ("post", "/api/v1/studies/{study_ref}/words"): {"revision": 1, "finding": 1, "word": "agree"},
+    ("post", "/api/v1/shelf/{digest}/shadow"): {"reads": True},
+    ("post", "/api/v1/shelf/{digest}/promote"): {"passphrase": "x", "number": 0},
+    ("post", "/api/v1/roll-back"): {"passphrase": "x", "number": 0},
     ("post", "/api/v1/people"): {"name": "xx", "password": "long enough 12345", "roles": ["reader"]},
     ("patch", "/api/v1/people/{name}"): {"disabled": True},
     ("post", "/api/v1/tokens"): {"label": "x", "scopes": [], "days": 1},
@@ -61,7 +70,13 @@ def token(practice: Practice, name: str) -> dict[str, str]:
 
 def call(address: str, route: tuple[str, str], headers: dict[str, str] | None = None) -> httpx.Response:
     path = route[1].format(
-        study_ref=NOBODY, ref=NOBODY, name="nobody", sop_instance_uid="2.25.1", frame_number=1, kind="ImagingStudy"
+        study_ref=NOBODY,
+        ref=NOBODY,
+        name="nobody",
+        sop_instance_uid="2.25.1",
+        frame_number=1,
+        kind="ImagingStudy",
+        digest=NOBODY * 2,
     )
     return httpx.request(route[0], address + path, headers=headers, json=BODIES.get(route), timeout=60)
 
