@@ -114,7 +114,8 @@ def fine_tuned(
     cache: Path | None,
     tell: Callable[[str], None],
 ) -> dict[str, Tensor]:
-    how = recipe(sources, settings, generated is not None)
+    shape = Shape(**open_member(start)[1]["settings"]["shape"])
+    how = recipe(sources, settings, generated is not None, shape)
     path = train_reader.train(
         root,
         out,
@@ -128,7 +129,7 @@ def fine_tuned(
     return open_member(path)[0]
 
 
-def recipe(sources: Sequence[str], settings: Settings, generated: bool) -> train_reader.Settings:
+def recipe(sources: Sequence[str], settings: Settings, generated: bool, shape: Shape) -> train_reader.Settings:
     return train_reader.Settings(
         sources=tuple(sources),
         seed=settings.seed,
@@ -144,6 +145,7 @@ def recipe(sources: Sequence[str], settings: Settings, generated: bool) -> train
         save_every=max(1, settings.steps // 4),
         threads=settings.threads,
         generated=settings.generated if generated else 0.0,
+        shape=shape,
     )
 
 

@@ -1,0 +1,150 @@
+"""A whole night with 64 cases, timed stage by stage, and what the live reader's latency is beside it.
+
+    python -m tests.bench.night DATA START… --out docs/results/night.md
+
+BUS-UCLM's B-mode images are the site's cases, kept and sealed as readers would have confirmed them; everything after
+that is the product. Latency: one frame through the live engine, in a process of ordinary priority, before and during.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from busgen_cds import app, cli, learning_loop, settings
+from busgen_cds.case import Case
+from busgen_cds.flows import adapt_site
+from busgen_cds.learning import data
+from busgen_cds.learning.recipes import site_adaptation
+
+TAUGHT = 64
+
+
+def main() -> None:
+    asked = argparse.ArgumentParser()
+    asked.add_argument("data", type=Path)
+    asked.add_argument("start", type=Path, nargs="+")
+    asked.add_argument("--out", type=Path, required=True)
+    chosen = asked.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        config = app.found(Path(folder) / "site", _settings_text(chosen), "a passphrase of some length")
+        with app.opened_site(settings.read(config)) as site:
+            count = confirm(learning_loop.casebook(site), chosen.data)
+            alone = latency(20)
+            times, word, beside = night(site)
+            digest = word.split()[1]
+            reasons = site.shelf.get(digest).reasons
+    chosen.out.write_text("\n".join(page(count, times, word.split()[0], reasons, alone, beside)), encoding="utf-8")
+    print(chosen.out.read_text())
+
+
+def _settings_text(chosen: argparse.Namespace) -> str:
+    start = ", ".join(f'"{path.resolve()}"' for path in chosen.start)
+    text = cli._settings_text("Night", 0.1, ["ANY"], "", 0)
+    return f'{text}\n[adaptation]\nstart = [{start}]\ndata = "{chosen.data.resolve()}"\n'
+
+
+def confirm(book: Any, root: Path) -> dict[str, int]:
+    """So many cases that teach, classes in turn, and all that test."""
+    rows = data.read_manifest(root)
+    mine = [r for split in ("site-adapt", "site-test") for r in site_adaptation.b_mode(rows, split)]
+    counts = {"teach": 0, "test": 0}
+    for row in site_adaptation.drawn(mine, len(mine), 0):
+        patient = hashlib.sha256(row.patient.encode()).hexdigest()[:16]
+        part = book.part_of(patient)
+        if part == "teach" and counts["teach"] == TAUGHT:
+            continue
+        tissue = np.asarray(Image.open(root / row.image).convert("L"))
+        mask = np.asarray(Image.open(root / row.mask).convert("L")) > 0 if row.mask else None
+        truth: Any = row.pathology
+        one = Case(patient, tissue, mask, truth, None, "pathology", "agree", "2026-01-01", None, "")
+        book.keep(one, study_ref=f"{sum(counts.values()):032x}", revision=1, finding=1, who="bench")
+        counts[part] += 1
+    return counts
+
+
+def night(site: Any) -> tuple[dict[str, float], str, list[float]]:
+    times: dict[str, float] = {}
+    stations = learning_loop.night_stations(site)
+    made = vars(stations.recipes)
+    timed = adapt_site.Recipes(**{name: _timed(name, work, times) for name, work in made.items()})
+    reader = subprocess.Popen(
+        [sys.executable, "-m", "tests.bench.night_reader"], stdout=subprocess.PIPE, text=True, env=os.environ
+    )
+    adapt_site.be_modest(15)
+    adapt_site.launch(
+        adapt_site.Stations(**{**vars(stations), "recipes": timed}), app.workflows_url(site.settings)
+    )  # fmt: skip
+    began = time.monotonic()
+    try:
+        word = adapt_site.run(anyway=True)
+    finally:
+        adapt_site.end()
+        reader.terminate()
+    times["the whole night"] = time.monotonic() - began
+    assert reader.stdout is not None
+    return times, word, [float(line) for line in reader.stdout.read().split()]
+
+
+def _timed(name: str, work: Callable[..., Any], times: dict[str, float]) -> Callable[..., Any]:
+    def run(*given: Any) -> Any:
+        began = time.monotonic()
+        try:
+            return work(*given)
+        finally:
+            times[name] = times.get(name, 0.0) + time.monotonic() - began
+
+    return run
+
+
+def latency(count: int) -> list[float]:
+    """Seconds of single frames through the live engine."""
+    from tests.bench.night_reader import frames
+
+    return [next(taken) for taken in [frames()] for _ in range(count)]
+
+
+def page(
+    count: dict[str, int], times: dict[str, float], word: str, reasons: tuple[str, ...], alone: list[float],
+    beside: list[float],
+) -> list[str]:  # fmt: skip
+    load = os.getloadavg()[1]
+    return [
+        "# A night, timed",
+        "",
+        "Made by `python -m tests.bench.night`: BUS-UCLM's B-mode images are the cases; no generator, two members.",
+        f"{count['teach']} cases teach, {count['test']} test. {os.cpu_count()} cores,"
+        f" shared with other work (five-minute load average {load:.0f}): an idle machine is faster.",
+        "",
+        "| stage | seconds |",
+        "|---|---|",
+        *(f"| {name} | {seconds:.0f} |" for name, seconds in times.items()),
+        "",
+        f"Bar: 60 minutes on two cores: {'met' if times['the whole night'] <= 3600 else 'missed'}."
+        f" What became of the candidate: {word}.",
+        *(f"- {reason}" for reason in reasons),
+        "",
+        "| one frame through the live engine | median, ms | 95th percentile, ms | frames |",
+        "|---|---|---|---|",
+        *(
+            f"| {name} | {1000 * np.median(seen):.0f} | {1000 * np.percentile(seen, 95):.0f} | {len(seen)} |"
+            for name, seen in (("before the night", alone), ("beside the night (niceness 15, one thread)", beside))
+            if seen
+        ),
+        "",
+    ]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""The verbs of the site's own loop, as an operator types them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from busgen_cds import app, cli, learning_loop, settings
+from busgen_cds.errors import Misconfigured
+from busgen_cds.site_verbs import app as nights
+from busgen_cds.site_verbs import cases_app
+
+RUN = CliRunner()
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("site")
+    return app.found(folder / "s", cli._settings_text("Here", 0.1, ["ANY"], "", 0), "a passphrase of some length")
+
+
+def test_a_bad_row_is_named_and_the_rest_is_taken_in(config: Path, tmp_path: Path) -> None:
+    """`cases import` says the file and row of what it cannot use, keeps the rest, and takes nothing in twice."""
+    head = "accession_number,patient_id,pathology,reported_on\n"
+    (tmp_path / "lab.csv").write_text(f"{head}A1,P1,malignant,2026-03-04\nA2,,benign,2026-03-04\n")
+    first = RUN.invoke(cases_app, ["import", str(tmp_path / "lab.csv"), "-c", str(config)])
+    assert first.exit_code == 1 and "lab.csv, row 3: no patient id" in first.output
+    assert "1 reports taken in, 0 known already, 1 not usable" in first.output
+    again = RUN.invoke(cases_app, ["import", str(tmp_path), "-c", str(config)])
+    assert "0 reports taken in, 1 known already" in again.output
+
+
+def test_cases_are_listed_for_machines(config: Path) -> None:
+    """`cases list --json` is JSON with the cases and the doubts."""
+    found = RUN.invoke(cases_app, ["list", "--json", "-c", str(config)])
+    assert json.loads(found.stdout) == {"cases": [], "doubts": []}
+
+
+def test_an_export_needs_an_empty_folder(config: Path, tmp_path: Path) -> None:
+    """`cases export` never mixes with what is there."""
+    assert RUN.invoke(cases_app, ["export", str(tmp_path / "out"), "-c", str(config)]).exit_code == 0
+    assert (tmp_path / "out" / "manifest.csv").exists()
+    refused = RUN.invoke(cases_app, ["export", str(tmp_path / "out"), "-c", str(config)])
+    assert isinstance(refused.exception, Misconfigured)
+
+
+def test_adapting_names_the_setting_that_is_missing(config: Path) -> None:
+    """`adapt` without the release's checkpoints says which setting to give."""
+    refused = RUN.invoke(nights, ["adapt", "-c", str(config)])
+    assert isinstance(refused.exception, Misconfigured) and "adaptation.start" in str(refused.exception)
+
+
+def test_a_clinic_without_the_training_packages_is_told_so(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without torch, `adapt` says what to install; cases are made and listed all the same."""
+    import sys
+
+    for name in [n for n in sys.modules if n.startswith("busgen_cds.learning.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with (
+        app.opened_site(settings.read(config)) as site,
+        pytest.raises(Misconfigured, match=r"install busgen-cds\[train\]"),
+    ):
+        learning_loop.night_stations(site)
