@@ -22,7 +22,7 @@ from rich.table import Table
 
 import busgen_cds
 from busgen_cds import custody, laboratory, settings, shelf_verbs, site_verbs
-from busgen_cds.errors import Misconfigured, Transient, Untrusted
+from busgen_cds.errors import Misconfigured, Shredded, Transient, Untrusted
 
 if TYPE_CHECKING:
     from busgen_cds.app import Site
@@ -63,6 +63,8 @@ def main() -> None:
         _fail("Not now", later, 1)
     except Untrusted as refused:
         _fail("Refused", refused, 1)
+    except Shredded as gone:
+        _fail("Gone", gone, 1)
     except BrokenPipeError:
         sys.exit(0)
 

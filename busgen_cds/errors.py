@@ -14,3 +14,7 @@ class Misconfigured(Exception):
 
 class Untrusted(Exception):
     """A signature, digest or number does not hold: never retried, and never used."""
+
+
+class Shredded(Exception):
+    """The study's key was destroyed on purpose: nothing is wrong, and nothing is left to do for it."""

@@ -23,7 +23,7 @@ from sqlalchemy.exc import NoResultFound
 from busgen_cds.app import Site
 from busgen_cds.dicom import audit_message, syslog
 from busgen_cds.dicom.audit_message import Event, Origin
-from busgen_cds.errors import Misconfigured, Transient, Untrusted
+from busgen_cds.errors import Misconfigured, Shredded, Transient
 from busgen_cds.settings import Settings, Syslog
 from busgen_cds.store import checkpoints, forwarding
 from busgen_cds.store.audit import Entry
@@ -89,7 +89,7 @@ def send_record(site: Site) -> int:
 def _event(site: Site, entry: Entry, identified: bool) -> Event:
     act, uid, patient = entry.act, "", ""
     if identified and act.study_ref:
-        with contextlib.suppress(Untrusted, NoResultFound):  # a shredded study has no names any more
+        with contextlib.suppress(Shredded, NoResultFound):  # a shredded study has no names any more
             uid, patient = site.results.identity(act.study_ref)
     return Event(
         entry.number, entry.at, act.kind, act.who, act.what, entry.hash, act.study_ref or "", uid, patient, act.detail

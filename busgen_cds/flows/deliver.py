@@ -18,7 +18,7 @@ from busgen_cds.dicom import outbox
 from busgen_cds.flows import desk as desks
 from busgen_cds.flows.read_study import RECOVERIES, desk_in_use
 from busgen_cds.flows.services import Services, failed, in_use, log
-from busgen_cds.store.results import Delivery
+from busgen_cds.store.results import Delivery, DeliveryState
 
 
 @DBOS.workflow(name=desks.DELIVER_RESULT, max_recovery_attempts=RECOVERIES)
@@ -126,8 +126,9 @@ def _answer_failure(services: Services, delivery: Delivery, error: Exception) ->
         services.jobs.stop_engine(failure.reason)
     if failure.then == "again":
         return _later(services, now, failure.reason)
-    services.results.move(now, "parked", reason=failure.reason)
-    return "parked"
+    state: DeliveryState = "withdrawn" if failure.then == "drop" else "parked"
+    services.results.move(now, state, reason=failure.reason)
+    return state
 
 
 def _later(services: Services, delivery: Delivery, reason: str) -> str:

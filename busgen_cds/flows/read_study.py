@@ -226,6 +226,9 @@ def _answer_failure(services: Services, study_ref: str, digest: str, attempt: in
     if failure.then == "again" and attempt < services.waits.reading_tries:
         desk_in_use().read_later(study_ref, digest, services.waits.retry(attempt - 1))
         return "again"
+    if failure.then == "drop":
+        services.jobs.drop(study_ref, digest)
+        return "dropped"
     services.jobs.park(study_ref, digest, failure.reason)
     return "parked"
 

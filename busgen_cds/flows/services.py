@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple
 from sqlalchemy.exc import OperationalError
 
 from busgen_cds.dicom.outbox import Node
-from busgen_cds.errors import Misconfigured, Transient, Untrusted
+from busgen_cds.errors import Misconfigured, Shredded, Transient, Untrusted
 from busgen_cds.flows.watch import Watch
 from busgen_cds.result import Kind, Rendered, Result
 from busgen_cds.store.inbox import Inbox
@@ -108,9 +108,9 @@ def in_use() -> Services:
 
 
 class Failure(NamedTuple):
-    """What follows from an exception: try again later, park, or park and stop the engine."""
+    """What follows from an exception: try again later, park, park and stop the engine, or let the work go."""
 
-    then: Literal["again", "park", "stop"]
+    then: Literal["again", "park", "stop", "drop"]
     reason: str
 
 
@@ -123,6 +123,8 @@ def failed(error: Exception) -> Failure:
         return Failure("park", str(error))
     if isinstance(error, Untrusted):
         return Failure("stop", str(error))
+    if isinstance(error, Shredded):
+        return Failure("drop", str(error))
     return Failure("park", f"A fault of ours, please report it: {type(error).__name__} {_place(error)}.")
 
 

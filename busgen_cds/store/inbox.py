@@ -29,7 +29,7 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Mapped, mapped_column
 
 from busgen_cds.arrival import Arrival, Kept, NoRoom, Outcome, Peek
-from busgen_cds.errors import Untrusted
+from busgen_cds.errors import Shredded
 from busgen_cds.store import audit, clerk, vault
 from busgen_cds.store.clerk import Job
 from busgen_cds.store.database import Base, Blind, Database, Sealed, UtcTime, WrappedKey, table_of
@@ -286,7 +286,7 @@ class Inbox:
                 .where(_instances.c.ref == instance.ref)
             ).first()
         if row is None or row.study_key is None:
-            raise Untrusted("The key of this instance was destroyed: it cannot be read any more.")
+            raise Shredded("The study of this instance was shredded: it cannot be read any more.")
         key = vault.unwrap_under(self._vault.unwrap(row.study_key), row.key)
         with self._path(instance.ref, instance.received_at).open("rb") as file:
             yield from vault.read_sealed(file, key)

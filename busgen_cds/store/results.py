@@ -26,7 +26,7 @@ from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from busgen_cds import signing
 from busgen_cds.birads import Category
-from busgen_cds.errors import Transient, Untrusted
+from busgen_cds.errors import Shredded, Transient, Untrusted
 from busgen_cds.result import Assessed, BundleName, Declined, Finding, HeatMap, Kind, Rendered, Result, triage
 from busgen_cds.store import audit
 from busgen_cds.store.database import Base, Blind, Database, Sealed, UtcTime
@@ -427,6 +427,8 @@ class Results:
         """Study Instance UID and patient id as received."""
         with self._database.reading() as session:
             row = session.execute(sa.select(_studies).where(_studies.c.ref == study_ref)).one()
+        if row.key is None:
+            raise Shredded("This study was shredded: nobody knows its names any more.")
         return self._vault.open_text(row.uid), self._vault.open_text(row.patient)
 
     def ours(self, sop_instance_uids: Iterable[str]) -> set[str]:
@@ -621,8 +623,9 @@ class Results:
     ) -> tuple[Delivery, ...]:
         now = self._clock()
         again = {"state": "waiting", "reason": "", "next_try_at": now, "since": now}
+        readable = _deliveries.c.study_ref.in_(sa.select(_studies.c.ref).where(_studies.c.key.is_not(None)))
         with self._database.transaction() as session:
-            rows = session.execute(sa.select(_deliveries).where(which)).all()
+            rows = session.execute(sa.select(_deliveries).where(which, readable)).all()
             refs = [row.ref for row in rows]
             session.execute(
                 sa.update(_deliveries).where(_deliveries.c.ref.in_(refs)).values(**again, tries=_deliveries.c.tries + 1)
@@ -641,7 +644,7 @@ class Results:
     def _study_vault(self, session: Session, study_ref: str) -> Vault:
         key = session.execute(sa.select(_studies.c.key).where(_studies.c.ref == study_ref)).scalar_one()
         if key is None:
-            raise Untrusted("The key of this study was destroyed: its results cannot be read any more.")
+            raise Shredded("This study was shredded: its results cannot be read any more.")
         return Vault(self._vault.unwrap(key))
 
     def _open_objects(self, query: sa.Select[Any]) -> tuple[Rendered, ...]:

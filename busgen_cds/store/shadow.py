@@ -109,6 +109,7 @@ class Shadow:
                 _results.c.current == sa.true(),
                 _results.c.outcome.in_(("assessed", "declined")),
                 _results.c.made_at >= since,
+                _results.c.document != b"",  # a shredded study has nothing to be read any more
                 _results.c.ref.not_in(done),
             )
             .order_by(_results.c.made_at.desc())

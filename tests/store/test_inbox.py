@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from busgen_cds.arrival import Arrival, NoRoom, Peek
-from busgen_cds.errors import Untrusted
+from busgen_cds.errors import Shredded, Untrusted
 from busgen_cds.store import audit, database, rotation, vault
 from busgen_cds.store.database import Database
 from busgen_cds.store.inbox import Inbox
@@ -159,7 +159,7 @@ def test_shredding(tmp_path: Path, inbox: Inbox, opened: Database, keys: Vault) 
     assert inbox.why_not_shredded(kept.study_ref)
     inbox.shred(kept.study_ref, "ann")
     assert inbox.why_not_shredded(kept.study_ref) == []
-    with pytest.raises(Untrusted):
+    with pytest.raises(Shredded):
         inbox.open(instance)
     for path in tmp_path.rglob("*"):
         if path.is_file():

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from busgen_cds.errors import Misconfigured, Untrusted
+from busgen_cds.errors import Misconfigured, Shredded
 from busgen_cds.result import Rendered
 from busgen_cds.store import audit, database, vault
 from busgen_cds.store.cases import Cases, Word
@@ -61,7 +61,7 @@ def test_everything_of_a_shredded_study_is_gone(tmp_path: Path, letting: Letting
     results = Results(letting.database, letting.vault)
     entry = results.current(ref)
     assert entry is not None and results.search("A-77") == [results.current(other)]
-    with pytest.raises(Untrusted):
+    with pytest.raises(Shredded):
         results.show(entry.ref)
     for sealed in before[ref]:
         assert not any(sealed[:64] in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
