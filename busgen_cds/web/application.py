@@ -19,7 +19,7 @@ from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException as StarletteError
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
-from busgen_cds.errors import Misconfigured, Transient, Untrusted
+from busgen_cds.errors import Misconfigured, Shredded, Transient, Untrusted
 from busgen_cds.store.cases import Unfit
 from busgen_cds.store.people import Refused
 from busgen_cds.web import (
@@ -49,7 +49,9 @@ Give a token of the account page as `Authorization: Bearer …`. A token has sco
 Studies are named by an opaque reference; names of patients are nowhere in it."""
 
 # What an exception's type says happens next (see `errors`), as a status.
-_STATUS: dict[type[Exception], int] = {Transient: 503, Misconfigured: 503, Untrusted: 502, Refused: 409, Unfit: 422}
+_STATUS: dict[type[Exception], int] = {
+    Transient: 503, Misconfigured: 503, Untrusted: 502, Shredded: 410, Refused: 409, Unfit: 422,
+}  # fmt: skip
 
 
 def create(site: Site, *, slowest: float = auth.SLOWEST_BODY) -> FastAPI:
