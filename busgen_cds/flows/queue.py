@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal
 
-from busgen_cds.store.inbox import Inbox
+from busgen_cds.store.inbox import Inbox, Quarantined
 from busgen_cds.store.jobs import Jobs
 from busgen_cds.store.results import Results
 
@@ -111,9 +111,13 @@ def _objects(results: Results) -> list[Item]:
     ]
 
 
+def _whence(each: Quarantined) -> str:
+    return f"from {each.calling_ae}" + (f", {each.times} times" if each.times > 1 else "")
+
+
 def _instances(inbox: Inbox) -> list[Item]:
     rows = [
-        Item("instance", each.ref, "quarantined", f"{each.reason} (from {each.calling_ae})", each.received_at, True)
+        Item("instance", each.ref, "quarantined", f"{each.reason} ({_whence(each)})", each.received_at, True)
         for each in inbox.quarantined()
     ]
     return rows + [

@@ -3,7 +3,8 @@
 Rules:
 - `keep` returns only when the file's bytes, its name and its row are on the disk, in this order:
   write → fsync → rename → fsync of the directory → commit. Whoever was told "kept" finds it after a power cut.
-- The same bytes under the same SOP Instance UID are kept once. Other bytes under a known UID are set aside.
+- The same bytes under the same SOP Instance UID are kept once, in quarantine too. Other bytes under a known UID are
+  set aside.
 - Nothing plain is written: files are sealed by `vault`, identifiers in the rows too.
 - A study is named by an opaque random reference; only that leaves this module for workflows and logs.
 - Two patient ids under one study UID: all is kept, and the study is held until a person decides.
@@ -100,15 +101,19 @@ class InstanceTable(Base):
 
 class QuarantineTable(Base):
     __tablename__ = "quarantine"
+    __table_args__ = (sa.Index("ix_quarantine_content", "sop_uid_blind", "sha256"),)
 
     ref: Mapped[str] = mapped_column(sa.String(32), primary_key=True)
     received_at: Mapped[datetime] = mapped_column(UtcTime, index=True)
     calling_ae: Mapped[str] = mapped_column(sa.String(16))
     address: Mapped[str] = mapped_column(sa.String(64))
+    sop_uid_blind: Mapped[str] = mapped_column(Blind(of="sop_uid"), server_default="")
     sop_uid: Mapped[bytes] = mapped_column(Sealed)
     sop_class_uid: Mapped[str] = mapped_column(sa.String(64))
     transfer_syntax_uid: Mapped[str] = mapped_column(sa.String(64))
+    sha256: Mapped[str] = mapped_column(sa.String(64), server_default="")
     size: Mapped[int] = mapped_column(sa.BigInteger)
+    times: Mapped[int] = mapped_column(server_default="1")  # that it came
     reason: Mapped[str] = mapped_column(sa.Text)
     key: Mapped[bytes] = mapped_column(WrappedKey)  # the data key
 
@@ -163,6 +168,7 @@ class Quarantined:
     transfer_syntax_uid: str
     bytes: int
     reason: str
+    times: int = 1  # that it came
 
 
 class _Filed(NamedTuple):
@@ -340,6 +346,7 @@ class Inbox:
                 row.transfer_syntax_uid,
                 row.size,
                 row.reason,
+                row.times,
             )
             for row in rows
         ]
@@ -627,27 +634,43 @@ class Inbox:
         )
         return study
 
-    def _enter_quarantine(self, job: Job, source: Path, reason: str) -> None:
+    def _enter_quarantine(self, job: Job, source: Path, reason: str) -> str:
+        """The file's name on the disk, then its row; what came before is counted, and no second copy is made."""
         target = self._quarantine / job.ref
         source.rename(target)
         _sync_folder(self._quarantine)
-        with self._database.transaction() as session:
-            session.execute(
-                sa.insert(_quarantine).values(
-                    ref=job.ref,
-                    received_at=job.at,
-                    calling_ae=job.arrival.calling_ae,
-                    address=job.arrival.address,
-                    sop_uid=self._vault.seal_text(job.arrival.sop_instance_uid),
-                    sop_class_uid=job.arrival.sop_class_uid,
-                    transfer_syntax_uid=job.arrival.transfer_syntax_uid,
-                    size=job.size,
-                    reason=reason,
-                    key=self._vault.wrap(job.key),
-                )
-            )
-            act = audit.Act("instance quarantined", job.arrival.calling_ae, reason, detail={"quarantine": job.ref})
+        with self._one_at_a_time(), self._database.transaction() as session:
+            blinds = self._vault.blinds(job.arrival.sop_instance_uid)
+            same = _quarantine.c.sop_uid_blind.in_(blinds) & (_quarantine.c.sha256 == job.sha256)
+            twin = session.execute(sa.select(_quarantine.c.ref).where(same)).scalar()
+            if twin is None:
+                session.execute(sa.insert(_quarantine).values(self._quarantine_row(job, reason)))
+            else:
+                again = sa.update(_quarantine).where(_quarantine.c.ref == twin)
+                session.execute(again.values(times=_quarantine.c.times + 1))
+            ref = twin or job.ref
+            act = audit.Act("instance quarantined", job.arrival.calling_ae, reason, detail={"quarantine": ref})
             audit.record(session, act, at=job.at)
+        if twin is not None:
+            target.unlink()
+        return ref
+
+    def _quarantine_row(self, job: Job, reason: str) -> dict[str, Any]:
+        return {
+            "ref": job.ref,
+            "received_at": job.at,
+            "calling_ae": job.arrival.calling_ae,
+            "address": job.arrival.address,
+            "sop_uid_blind": self._vault.blind(job.arrival.sop_instance_uid),
+            "sop_uid": self._vault.seal_text(job.arrival.sop_instance_uid),
+            "sop_class_uid": job.arrival.sop_class_uid,
+            "transfer_syntax_uid": job.arrival.transfer_syntax_uid,
+            "sha256": job.sha256,
+            "size": job.size,
+            "times": 1,
+            "reason": reason,
+            "key": self._vault.wrap(job.key),
+        }
 
 
 class Receiving:
@@ -684,13 +707,12 @@ class Receiving:
     def quarantine(self, reason: str) -> str:
         try:
             self._writer.sync()
-            self._inbox._enter_quarantine(self._job(Peek("", "", "", "")), self._path, reason)
+            return self._inbox._enter_quarantine(self._job(Peek("", "", "", "")), self._path, reason)
         except BaseException:
             self._path.unlink(missing_ok=True)
             raise
         finally:
             self._writer.close()
-        return self._ref
 
     def abandon(self) -> None:
         self._writer.close()

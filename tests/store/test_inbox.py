@@ -147,6 +147,16 @@ def test_quarantine(inbox: Inbox) -> None:
     assert inbox.open_quarantined(ref) == DATA and inbox.studies() == []
 
 
+def test_what_is_refused_again_takes_no_more_room(inbox: Inbox, opened: Database) -> None:
+    """A damaged object that its sender sends again and again is kept once, and how often it came is counted."""
+    refs = {inbox.quarantine(arrival(), [DATA], "it is cut") for _ in range(5)}
+    other = inbox.quarantine(arrival(), [DATA[:-1]], "it is cut")
+    assert [(each.ref, each.times) for each in inbox.quarantined()] == [(*refs, 5), (other, 1)]
+    assert len(_files(inbox)) == 2 and inbox.sweep() == 0
+    inbox.discard_quarantined(*refs, "ann")
+    assert inbox.quarantine(arrival(), [DATA], "it is cut") not in refs
+
+
 def test_shredding(tmp_path: Path, inbox: Inbox, opened: Database, keys: Vault) -> None:
     """A shredded study cannot be read, from no copy of its files; no trace of key or names is in the database."""
     kept = inbox.keep(arrival(), header(), [DATA])
