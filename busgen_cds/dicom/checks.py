@@ -87,6 +87,17 @@ def _identity(ds: Dataset, it: Rendered, saying: Saying) -> None:
     _require(saying.result.bundle.digest[:64] in ds.SoftwareVersions, "it does not name its bundle's digest")
     _require(ds.SeriesNumber == saying.series_number(it.kind), "its series number is not the template's")
     _revised(str(ds.SeriesDescription), saying, "series description")
+    for element in ds.iterall():
+        most = _MOST_CHARACTERS.get(element.VR)
+        if most and element.keyword not in _AS_RECEIVED:
+            values = element.value if element.VM > 1 else [element.value]
+            too_long = any(len(str(value)) > most for value in values)
+            _require(not too_long, f"{element.keyword} is longer than {most} characters")
+
+
+# PS3.5 table 6.2-1; and what goes out exactly as it came in, however long it is
+_MOST_CHARACTERS = {"LO": 64, "SH": 16}
+_AS_RECEIVED = {"PatientID", "IssuerOfPatientID", "StudyID", "AccessionNumber"}
 
 
 def _report(ds: Dataset, saying: Saying) -> None:

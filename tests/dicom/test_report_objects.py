@@ -139,6 +139,26 @@ def test_odd_headers_never_stop_a_result(odd: str) -> None:
         assert headers.identifier(ds.PatientID) == headers.identifier(odd)
 
 
+def test_no_text_of_ours_is_too_long(recwarn: pytest.WarningsRecorder) -> None:
+    """Our own texts keep to DICOM's lengths, however long names are; a patient's id goes out whole, without a warning."""
+    study = dataclasses.replace(answers.breast(), patient=Patient(*["9" * 65] * 5), header=Header(*["x" * 300] * 6))
+    result = dataclasses.replace(answers.assessed(study), bundle=BundleName("b" * 70, "1" * 70, "c" * 64))
+    for it in objects.render(study, result, rendered_at=answers.AT):
+        ds = dcmread(io.BytesIO(it.data))
+        assert ds.PatientID == "9" * 65
+        assert len(ds.ManufacturerModelName) == 64 and all(len(each) <= 64 for each in ds.SoftwareVersions)
+    assert not [each for each in recwarn if "value length" in str(each.message)]
+
+
+def test_a_template_that_writes_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A text of ours that is too long for its element stops the object, by name."""
+    study = answers.breast()
+    monkeypatch.setattr(headers, "cut", lambda text, _length: text)
+    result = dataclasses.replace(answers.assessed(study), bundle=BundleName("b" * 70, "1", "c" * 64))
+    with pytest.raises(checks.Malformed, match="ManufacturerModelName is longer than 64"):
+        objects.render(study, result, rendered_at=answers.AT)
+
+
 # Text as PACS and scanners really send it, and as nobody should.
 odd_text = st.text(st.characters(codec="utf-8"), max_size=80)
 
