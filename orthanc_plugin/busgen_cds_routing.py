@@ -9,13 +9,15 @@
 """Orthanc sends its stable breast ultrasound to BUSGen-CDS, and says what came back.
 
 Rules:
-- Nothing is remembered here: what was sent stands as metadata of each instance, written only when Orthanc's job
-  has succeeded; why a study waits stands at the study; what was answered is read from the results in Orthanc.
+- Whatever must outlive Orthanc stands in Orthanc: what was sent is metadata of each instance, written only when
+  Orthanc's job has succeeded; so is what was refused for good; why a study waits stands at the study; what was
+  answered is read from the results in Orthanc. What `Router` remembers besides is found again by a sweep.
 - What carries our own manufacturer is never sent: results make a study stable again and would travel for ever.
 - Callbacks only put a word into a queue. One thread works through it and speaks to Orthanc over loopback HTTP:
   Orthanc's own calls (`orthanc.RestApiGet`) keep Python's lock while they wait for Orthanc's locks, which
   dead-locks as soon as Orthanc calls back meanwhile.
-- A refusal or an outage is kept, shown and retried; nothing here can stop Orthanc from starting or storing.
+- An outage, or a refusal that may pass, is kept, shown and retried. An instance whose content is refused is not sent
+  again until a person asks. Nothing here can stop Orthanc from starting or storing.
 """
 
 from __future__ import annotations
@@ -31,16 +33,18 @@ import time
 import traceback
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
+from urllib.parse import urlencode, urlsplit
 
 import orthanc
 
 MANUFACTURER = "BUSGen-CDS"
-# User metadata of Orthanc are numbers from 1024; these three are ours.
+# User metadata of Orthanc are numbers from 1024; these four are ours.
 SENT = "4117"  # at an instance: when the product had taken it
 PROBLEM = "4118"  # at a study: why it waits
 ASKED = "4119"  # at a study: a person wants it sent although no rule matches
+REFUSED = "4120"  # at an instance: why the product will never take it as it is
 
 TAGS = ("Modality", "BodyPartExamined", "StationName", "StudyDescription", "SeriesDescription", "Manufacturer")
 DEFAULT_RULES = (
@@ -52,6 +56,8 @@ UNFINISHED = ("Pending", "Running", "Paused", "Retry")
 # Orthanc's words when nobody answered, and when it would be the same for every instance (0xA7xx: out of resources).
 NO_ANSWER = re.compile(r"connecting to AET(?!.*Rejected)|Peer aborted|Timeout")
 SAME_FOR_ALL = re.compile(r"connecting to AET|DIMSE status 0xA7")
+# PS3.4 B.2.3, PS3.7 C.5: data set and class do not match, cannot be understood, known with other content.
+FOR_GOOD = re.compile(r"DIMSE status 0x(A9|C[0-9A-F]|0111)", re.IGNORECASE)
 
 
 # What to send: rules, without Orthanc.
@@ -65,12 +71,14 @@ class Settings(NamedTuple):
     retry_seconds: float = 30
     sweep_days: float = 30
     viewer: str = ""
+    pages: str = ""  # address of the product's pages; empty: what it says beside its reports is not asked for
+    token_file: str = ""
     problem: str = ""
 
 
 def read_settings(section: dict[str, Any]) -> Settings:
     """A mistake switches routing off and is said on every page; Orthanc itself starts all the same."""
-    known = {"Modality", "Rules", "RetrySeconds", "SweepDays", "Viewer", "Url"}
+    known = {"Modality", "Rules", "RetrySeconds", "SweepDays", "Viewer", "Url", "Pages", "TokenFile"}
     rules = tuple(section.get("Rules", DEFAULT_RULES))
     wrong = [f'no such setting: "{name}"' for name in section if name not in known]
     wrong += [complaint for number, rule in enumerate(rules, 1) for complaint in complaints(number, rule)]
@@ -80,6 +88,8 @@ def read_settings(section: dict[str, Any]) -> Settings:
         float(section.get("RetrySeconds", 30)),
         float(section.get("SweepDays", 30)),
         str(section.get("Viewer", "")),
+        str(section.get("Pages", "")),
+        str(section.get("TokenFile", "")),
         "; ".join(wrong),
     )
 
@@ -216,6 +226,7 @@ class Outgoing(NamedTuple):
 
     sent: dict[str, str]  # instance to when it was sent
     unsent: tuple[str, ...]
+    refused: dict[str, str]  # instance to why it is not sent again by itself
 
 
 def outgoing(api: Api, settings: Settings, identifier: str) -> Outgoing:
@@ -223,7 +234,12 @@ def outgoing(api: Api, settings: Settings, identifier: str) -> Outgoing:
     asked = bool(api.metadata(f"studies/{identifier}", ASKED))
     wanted = [i for series in series_of(api, study) if for_us(settings, series, asked) for i in series.instances]
     marks = {instance: api.metadata(f"instances/{instance}", SENT) for instance in wanted}
-    return Outgoing({i: mark for i, mark in marks.items() if mark}, tuple(i for i in wanted if not marks[i]))
+    refused = {i: api.metadata(f"instances/{i}", REFUSED) for i in wanted if not marks[i]}
+    return Outgoing(
+        {i: mark for i, mark in marks.items() if mark},
+        tuple(i for i, why in refused.items() if not why),
+        {i: why for i, why in refused.items() if why},
+    )
 
 
 def jobs(api: Api, settings: Settings) -> list[dict[str, Any]]:
@@ -367,6 +383,11 @@ class Router:
             for instance in instances:  # so that the one that is refused holds up no other
                 self.send([instance])
             return
+        if FOR_GOOD.search(reason):
+            for instance in filter(self.study_of, instances):
+                self.api.put(f"/instances/{instance}/metadata/{REFUSED}", reason)
+                orthanc.LogWarning(f"BUSGen-CDS: instance {instance} is not sent again until asked for: {reason}")
+            return
         for study in {self.study_of(instance) for instance in instances} - {""}:
             self.keep_waiting(study, reason)
 
@@ -420,17 +441,60 @@ def status(api: Api, settings: Settings, identifier: str, outage: str = "") -> d
     problem = json.loads(api.metadata(f"studies/{identifier}", PROBLEM) or "null")
     if outage and images.unsent:
         problem = {"since": "", **(problem or {}), "reason": outage}
+    if images.sent and not images.unsent and not answer:
+        said = asked_product(settings, api.get(f"/studies/{identifier}")["MainDicomTags"]["StudyInstanceUID"])
+        if said:
+            problem = None
+    else:
+        said = None
     sent_since = [mark for mark in images.sent.values() if answer and mark[:15] > answer["received"]]
-    state, text = describe(settings, images, answer, problem, len(sent_since))
+    state, text = said or describe(settings, images, answer, problem, len(sent_since))
     return {
         "study": identifier,
         "state": state,
         "text": text,
         "answer": answer,
         "problem": problem,
-        "images": {"sent": len(images.sent), "unsent": len(images.unsent), "sent_since_answer": len(sent_since)},
+        "images": {
+            "sent": len(images.sent),
+            "unsent": len(images.unsent) + len(images.refused),
+            "sent_since_answer": len(sent_since),
+        },
         "viewer": settings.viewer,
     }
+
+
+def asked_product(settings: Settings, study_uid: str) -> tuple[str, str] | None:
+    """What the product says of a study that it sent no report of: not for us, or stuck, with its reason."""
+    if not settings.pages or settings.problem:
+        return None
+    try:
+        rows = product_rows(settings, study_uid)
+    except (OSError, ValueError, KeyError, http.client.HTTPException) as failed:
+        return "waiting", f"waiting for the AI; its pages cannot be asked: {failed}"
+    if rows and rows[0]["outcome"] == "not-for-us":
+        return "not for us", f"not for us: {rows[0]['reason']}"
+    if rows and rows[0]["stuck"]:
+        return "waiting", f"waiting, the AI needs a person: {rows[0]['reason']}"
+    return None
+
+
+def product_rows(settings: Settings, study_uid: str) -> list[dict[str, Any]]:
+    """The product's worklist, searched for this study (right studies.read)."""
+    address = urlsplit(settings.pages)
+    kind = http.client.HTTPSConnection if address.scheme == "https" else http.client.HTTPConnection
+    connection = kind(address.hostname or "127.0.0.1", address.port, timeout=5)
+    try:
+        token = Path(settings.token_file).read_text().strip()
+        asked = f"{address.path}/api/v1/studies?{urlencode({'view': 'all', 'search': study_uid})}"
+        connection.request("GET", asked, headers={"Authorization": f"Bearer {token}"})
+        answer = connection.getresponse()
+        content = answer.read()
+    finally:
+        connection.close()
+    if answer.status != 200:
+        raise OSError(f"HTTP {answer.status}")
+    return list(json.loads(content)["studies"])
 
 
 def describe(
@@ -454,7 +518,7 @@ def describe(
 def why_waiting(images: Outgoing, problem: Any) -> tuple[str, str] | None:
     """Why some of a study's images have not been taken; None if all have."""
     if not images.unsent:
-        return None
+        return ("refused", f"refused: {next(iter(images.refused.values()))}") if images.refused else None
     if not problem:
         return "waiting", f"{len(images.unsent)} waiting to be sent"
     if NO_ANSWER.search(problem["reason"]):
@@ -557,8 +621,11 @@ def on_overview(output: orthanc.RestOutput, _uri: str, **request: Any) -> None:
 
 def send_all(study: str) -> dict[str, Any]:
     API.put(f"/studies/{study}/metadata/{ASKED}", "1")
-    for instance in outgoing(API, SETTINGS, study).sent:
+    images = outgoing(API, SETTINGS, study)
+    for instance in images.sent:
         API.clear(f"instances/{instance}", SENT)
+    for instance in images.refused:
+        API.clear(f"instances/{instance}", REFUSED)
     ROUTER.news.put(("stable", study))
     return {"study": study, "asked": True}
 
@@ -618,7 +685,8 @@ $('#study').live('pagebeforecreate', function () {
       success: refresh, error: function () { show({state: 'refused', text: 'AI: could not be asked'}); }});
   });
 });
-var COLOURS = {'delivered': '#1b5e20', 'waiting': '#8a5300', 'refused': '#a31515', 'not routed': '#555'};
+var COLOURS = {'delivered': '#1b5e20', 'waiting': '#8a5300', 'refused': '#a31515', 'not routed': '#555',
+  'not for us': '#37474f'};
 function show(status) {
   $('#busgen-badge').text(status.text).css('background', COLOURS[status.state]).attr('data-state', status.state);
 }

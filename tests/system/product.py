@@ -17,7 +17,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from busgen_cds import app
+from busgen_cds import app, settings
+from busgen_cds.store.people import People, Right
 from tests.programs import free_port
 from tests.system.orthanc import Orthanc, wait_for
 
@@ -46,17 +47,17 @@ port = {pacs_port}
 node = "pacs"
 
 [web]
-port = 0
+port = {web_port}
 """
 
 
 class Product:
     ae_title = "BUSGEN_CDS"
 
-    def __init__(self, folder: Path, to: Orthanc) -> None:
+    def __init__(self, folder: Path, to: Orthanc, web_port: int = 0) -> None:
         self.port = free_port()
         self.log = folder.parent / f"{folder.name}.log"
-        text = SETTINGS.format(port=self.port, sender=to.ae_title, pacs_port=to.dicom_port)
+        text = SETTINGS.format(port=self.port, sender=to.ae_title, pacs_port=to.dicom_port, web_port=web_port)
         self.settings = app.found(folder, text, "a passphrase for tests")
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -70,6 +71,13 @@ class Product:
                 start_new_session=True,
             )
         wait_for(self._answers, 240, f"the product did not start; see {self.log}")
+
+    def token(self, *rights: Right) -> str:
+        """For a program that asks the pages."""
+        with app.opened_site(settings.read(self.settings)) as site:
+            people = People(site.database, site.vault)
+            owner = people.add("orthanc", "a long passphrase for tests", ["reader"], "test")
+            return people.make_token(owner, "orthanc", rights, 30)[0]
 
     def stop(self) -> None:
         self._end(signal.SIGTERM)
@@ -101,8 +109,8 @@ class Product:
 
 
 @contextmanager
-def running(folder: Path, *, to: Orthanc) -> Iterator[Product]:
-    busgen = Product(folder, to)
+def running(folder: Path, *, to: Orthanc, web_port: int = 0) -> Iterator[Product]:
+    busgen = Product(folder, to, web_port)
     try:
         busgen.start()
         yield busgen

@@ -7,11 +7,13 @@ import os
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydicom import dcmread
 
 from tests import images
+from tests.programs import free_port
 from tests.system import orthanc, product
 from tests.system.orthanc import Orthanc, wait_for
 
@@ -52,6 +54,29 @@ def test_every_study_is_answered_once_through_outages(tmp_path: Path) -> None:
     wrong = {uid: found for uid, found in sets.items() if found["SR"] != 1 or found["OT"] < 1 or found["US"] != 1}
     assert not wrong
     assert len(uids) == STUDIES
+
+
+def test_not_for_us_is_said_in_orthanc(tmp_path: Path) -> None:
+    """A study that the product judges not for us does not stay waiting in Orthanc: the badge says so, and why."""
+    token, web_port = tmp_path / "token", free_port()
+    section = ROUTING | {"Pages": f"http://127.0.0.1:{web_port}", "TokenFile": str(token)}
+    with (
+        orthanc.running(tmp_path / "pacs", ae_title="ORTHANC", script=orthanc.PLUGIN, BusgenCds=section) as pacs,
+        product.running(tmp_path / "site", to=pacs, web_port=web_port) as busgen,
+    ):
+        pacs.knows("busgen-cds", busgen.ae_title, busgen.port)
+        (uid,) = arrive(pacs, [images.breast_study(1, seed=7, doppler="all")])
+        study = pacs.study(uid)
+        wait_for(lambda: "cannot be asked" in badge(pacs, study)["text"], 120, "a missing token is not said")
+        token.write_text(busgen.token("studies.read"))
+        wait_for(lambda: badge(pacs, study)["state"] == "not for us", 240, "it stays waiting")
+        assert badge(pacs, study)["text"].startswith("not for us: ")
+        assert "Doppler" in badge(pacs, study)["text"]
+
+
+def badge(pacs: Orthanc, study: str | None) -> dict[str, Any]:
+    shown: dict[str, Any] = pacs.get(f"/busgen-cds/studies/{study}")
+    return shown
 
 
 def arrive(pacs: Orthanc, studies: list[list[bytes]]) -> list[str]:
