@@ -25,7 +25,6 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
-from scipy import linalg
 from torch import nn
 
 from busgen_cds.learning import figures
@@ -41,10 +40,16 @@ NOTICES = 0.9
 def frechet(a: Vectors, b: Vectors) -> float:
     """|m_a - m_b|² + tr(C_a + C_b - 2 (C_a C_b)^½)."""
     mean = ((a.mean(0) - b.mean(0)).astype(np.float64) ** 2).sum()
-    one, other = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    # tr (C_a C_b)^½ is the sum of the roots of the eigenvalues of C_a C_b, which are real and not negative
-    roots = np.sqrt(np.clip(linalg.eigvals(one @ other).real, 0, None)).sum()
-    return float(max(0.0, mean + np.trace(one) + np.trace(other) - 2 * roots))
+    one, other = _root(a), _root(b)
+    # C_a C_b has the eigenvalues of M Mᵀ with M = R_b R_aᵀ: their roots are M's singular values
+    roots = np.linalg.svd(other @ one.T, compute_uv=False).sum()
+    return float(max(0.0, mean + (one**2).sum() + (other**2).sum() - 2 * roots))
+
+
+def _root(vectors: Vectors) -> NDArray[np.float64]:
+    """R with RᵀR the covariance; as few rows as there are images, where those are fewer than features."""
+    centred = vectors.astype(np.float64) - vectors.mean(0, dtype=np.float64)
+    return np.asarray(np.linalg.qr(centred / np.sqrt(len(vectors) - 1), mode="r"))
 
 
 def kernel(a: Vectors, b: Vectors) -> float:
