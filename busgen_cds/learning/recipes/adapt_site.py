@@ -156,27 +156,40 @@ def assemble(run: Path, settings: Settings) -> Path:
         return root
     shutil.rmtree(root, ignore_errors=True)
     made = [value.moved(r, run / IMAGES) for r in data.read_manifest(run / IMAGES)] if _any(run / IMAGES) else []
-    ours = [value.moved(r, run / CASES) | {"split": _split(r)} for r in data.read_manifest(run / CASES)]
-    ours = [r for r in ours if r["split"] in ("train", "val")]
+    rows = [r for r in data.read_manifest(run / CASES) if r.split == "train"]
+    held = _calibrating(rows)
+    ours = [value.moved(r, run / CASES) | {"split": "val" if r.patient in held else "train"} for r in rows]
     known = [] if settings.release is None else _lessons_of(settings.release, settings.data is not None)
-    replayed = [r | {"source": data.GENERATED, "split": "train"} for r in (*made, *known) if r["split"] == "train"]
+    known = [r for r in known if r["split"] == "train"]
+    replayed = [r | {"source": data.GENERATED} for r in (*made, *(r for r in known if not _calibrates(r)))]
     _manifest(root / "replay", replayed)
-    calibrating = [r | {"source": SITE, "split": "val", "patient": f"release-{r['image']}"} for r in known[::VAL_SHARE]]
-    others = [r for k, r in enumerate(replayed) if k % VAL_SHARE]
-    _manifest(root, [*ours, *calibrating, *others])
+    calibrating = [
+        r | {"source": SITE, "split": "val", "patient": f"release-{r['image']}"} for r in known if _calibrates(r)
+    ]
+    _manifest(root, [*ours, *calibrating, *replayed])
     return root
 
 
-def _split(row: data.Row) -> str:
-    if row.split != "train":
-        return row.split
-    return "val" if data.fold_of(row.patient, VAL_SHARE) == 0 else "train"
+def _calibrates(record: Mapping[str, str]) -> bool:
+    return data.fold_of(record["image"].rpartition("/")[2], VAL_SHARE) == 0
+
+
+def _judges(row: data.Row) -> bool:
+    return data.fold_of(f"judge {row.image}", JUDGING) == 0
+
+
+def _calibrating(rows: Sequence[data.Row]) -> set[str]:
+    """One teaching patient in so many, among those with a cancer and among the others."""
+    malignant = {row.patient for row in rows if row.malignant}
+    sides = (malignant, {row.patient for row in rows} - malignant)
+    ordered = [sorted(side, key=lambda name: signing.digest(name.encode())) for side in sides]
+    return {name for side in ordered for name in side[VAL_SHARE - 1 :: VAL_SHARE]}
 
 
 def _lessons_of(folder: Path, all_of_them: bool) -> list[dict[str, str]]:
     """The release's images that do not judge."""
     rows = data.read_manifest(folder)
-    return [value.moved(r, folder.resolve()) for k, r in enumerate(rows) if all_of_them or k % JUDGING]
+    return [value.moved(r, folder.resolve()) for r in rows if all_of_them or not _judges(r)]
 
 
 def _any(folder: Path) -> bool:
@@ -271,7 +284,7 @@ def _release_sets(settings: Settings) -> list[tuple[str, data.Images]]:
         found.append(("the release's real test split (BUS-BRA)", data.load(settings.data, rows)))
     if settings.release is not None:
         rows = data.read_manifest(settings.release)
-        judging = rows[::JUDGING] if settings.data is None else []
+        judging = [r for r in rows if _judges(r)] if settings.data is None else []
         if judging:
             found.append(("the release's synthetic images", data.load(settings.release, judging)))
     return found
