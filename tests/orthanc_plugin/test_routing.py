@@ -18,7 +18,7 @@ pytestmark = pytest.mark.program
 
 # The full run looks for a loop as long as the requirement says; a change is checked with a shorter look.
 LOOP_SECONDS = float(os.environ.get("BUSGEN_LOOP_SECONDS", "8"))
-MULTI_FRAME = "1.2.840.10008.5.1.4.1.1.3.1"
+US, MULTI_FRAME = "1.2.840.10008.5.1.4.1.1.6.1", "1.2.840.10008.5.1.4.1.1.3.1"
 
 
 def test_breast_ultrasound_goes_and_nothing_else_does(tmp_path: Path) -> None:
@@ -104,6 +104,20 @@ def test_refused_instance_holds_up_no_other(tmp_path: Path) -> None:
         clinic.product.refuses = set()
         clinic.product.comes_up()
         clinic.is_sent(study, images=3)
+
+
+def test_content_that_is_refused_is_sent_once(tmp_path: Path) -> None:
+    """An instance whose content is refused is shown as refused and not sent again, until a person asks for it."""
+    with opened(tmp_path) as clinic:
+        clinic.product.refuses.add(US)
+        study = clinic.takes(images.breast_study(1))
+        badge = clinic.shows(study, "refused: ")
+        assert badge["state"] == "refused" and "0xA900" in badge["text"] and badge["images"]["unsent"] == 1
+        time.sleep(2.5)
+        assert len(clinic.pacs.get("/jobs")) == 1, "it was sent again"
+        clinic.product.refuses.clear()
+        clinic.pacs.post(f"/busgen-cds/studies/{study}/send")
+        clinic.is_sent(study, images=1)
 
 
 @pytest.mark.parametrize("end", ["stop", "kill"])
