@@ -277,15 +277,18 @@ def read(
     found = read_files.sort(paths, stations)
     to.mkdir(parents=True, exist_ok=True)
     documents = [read_files.refusal(each) for each in found.unreadable]
+    answers = []
     with _progress("Reading", quiet=as_json) as bar:
         for study_files in bar(found.studies.values()):
-            documents.append(read_files.write(read_files.read(study_files, stations), to))
+            answers.append(read_files.read(study_files, stations))
+            documents.append(read_files.write(answers[-1], to))
     (to / "results.json").write_text(json.dumps(documents, indent=1) + "\n")
     if as_json:
-        _print_json(documents)
-    else:
-        _show(documents)
-        out.print(f"{len(documents)} answers in {to / 'results.json'}", soft_wrap=True)
+        return _print_json(documents)
+    _show(documents)
+    for line in read_files.left_out(found, answers):
+        out.print(line, soft_wrap=True, markup=False, highlight=False)
+    return out.print(f"{len(documents)} answers in {to / 'results.json'}", soft_wrap=True)
 
 
 def _device(text: str) -> Any:

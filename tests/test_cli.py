@@ -49,6 +49,44 @@ def test_read_answers_every_study_and_every_refusal(tmp_path: Path) -> None:
         assert all((tmp_path / "out" / name).is_file() for name in each["objects"])
 
 
+def test_read_names_every_file_that_it_left_out(tmp_path: Path) -> None:
+    """A cut file, one SOP Instance UID with two contents, a copy: each is named in the document and on the terminal."""
+    first, second, third = images.breast_study(3, seed=11)
+    folder = tmp_path / "in"
+    folder.mkdir()
+    half = len(first) // 2
+    files = {"1": first, "2": second, "cut": third[:half], "cut-too": first[:half], "copy": second, "head": third[:700]}
+    for name, data in files.items():
+        (folder / f"{name}.dcm").write_bytes(data)
+    done = busgen_cds("read", folder, "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    documents = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert all(set(each) == KEYS for each in documents)
+    lines = done.stdout.splitlines()
+    (read,) = (each for each in documents if each["study_instance_uid"])
+    said = [each["reason"] for each in read["images_not_analysed"]]
+    assert read["outcome"] in {"assessed", "declined"}
+    assert [each for each in said if each.startswith(f"{folder / 'cut.dcm'}: the pixel data end")]
+    assert [each for each in said if "cut-too.dcm" in each and "same SOP Instance UID" in each]
+    assert [each for each in said if "copy.dcm" in each and "byte for byte" in each]
+    for name in ("cut.dcm", "cut-too.dcm", "head.dcm"):
+        assert [line for line in lines if line.startswith("needs attention: ") and name in line]
+    assert [line for line in lines if line.startswith("not read: ") and "byte for byte" in line]
+
+
+def test_read_says_that_two_patients_need_attention(tmp_path: Path) -> None:
+    """Two patients under one study: nothing of it is read, every file is named, and the terminal says it plainly."""
+    for number, patient in enumerate(("ONE", "TWO")):
+        data = images.breast_image(seed=12, number=number, patient_id=patient, study_uid="1.2.3")
+        (tmp_path / f"{number}.dcm").write_bytes(data)
+    done = busgen_cds("read", tmp_path, "--out", tmp_path / "out")
+    (document,) = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert (done.returncode, document["outcome"], document["objects"]) == (0, "not-for-us", [])
+    for name in ("0.dcm", "1.dcm"):
+        assert [each for each in document["images_not_analysed"] if name in each["reason"]]
+        assert f"needs attention: {tmp_path / name}: Two " in done.stdout
+
+
 def test_read_states_the_prevalence_it_used(tmp_path: Path) -> None:
     """`read --prevalence` moves the probability and states what it was moved to; without it, the calibration's."""
     scanned(tmp_path / "in", seed=3)

@@ -1,23 +1,32 @@
 """Files in, answers out: the road of a study without any server, for `read` and for whoever tries the product.
 
 Rules:
-- Every file is accounted for: it belongs to a study, or stands among the unreadable with its reason.
+- Every file is accounted for by name: it was read, or it stands in `images_not_analysed` or among the unreadable with
+  its reason.
 - A study that is not for us is an answer like any other.
+- A file that is damaged or contradicts another needs attention, and so do two patients under one study: that is said.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from busgen_cds import summary
 from busgen_cds.result import Rendered, Result
-from busgen_cds.study import NotForUs, Study
+from busgen_cds.study import NotAnalysed, NotForUs, Source, Study
+
+OURS = "one of this product's own objects; they are never read"
+ATTENTION = re.compile(
+    r"damaged|pixel data|compressed picture|contradicts itself|not a number|does not say|same SOP Instance UID|^Two "
+)
 
 
 @dataclass(frozen=True)
@@ -40,9 +49,20 @@ class Unreadable:
 class Answered:
     """One study's answer and the objects that say it."""
 
-    answer: Result | NotForUs
+    answer: Result | NotForUs  # what was left out says its file's name
     objects: tuple[Rendered, ...] = field(repr=False)
     seconds: float
+
+    @property
+    def attention(self) -> tuple[str, ...]:
+        """What a person should look into."""
+        return tuple(line for line in self.left_out if ATTENTION.search(line.partition(": ")[2]))
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """Each reason for which a file was left out, once, with the number of its frames."""
+        counts = Counter(each.reason for each in self.answer.not_analysed)
+        return tuple(reason if n == 1 else f"{reason} ({n} frames)" for reason, n in counts.items())
 
 
 @dataclass(frozen=True)
@@ -65,11 +85,53 @@ def sort(paths: Iterable[Path], stations: Stations) -> Sorted:
 
 def read(files: Iterable[Path], stations: Stations) -> Answered:
     began = time.monotonic()
-    study = stations.intake((data, hashlib.sha256(data).hexdigest()) for data in (path.read_bytes() for path in files))
+    digests: dict[Path, str] = {}
+    study = stations.intake(_opened(files, digests))
     if isinstance(study, NotForUs):
-        return Answered(study, (), time.monotonic() - began)
+        refused = dataclasses.replace(study, not_analysed=_left_out(study, study.received, digests))
+        return Answered(refused, (), time.monotonic() - began)
     result = stations.assess(study)
-    return Answered(result, stations.render(study, result), time.monotonic() - began)
+    objects = stations.render(study, result)
+    named = dataclasses.replace(result, not_analysed=_left_out(result, study.received, digests))
+    return Answered(named, objects, time.monotonic() - began)
+
+
+def _opened(files: Iterable[Path], digests: dict[Path, str]) -> Iterator[tuple[bytes, str]]:
+    """Each file's bytes with their SHA-256, which is noted under its name."""
+    for path in files:
+        data = path.read_bytes()
+        digests[path] = hashlib.sha256(data).hexdigest()
+        yield data, digests[path]
+
+
+def _left_out(
+    answer: Result | NotForUs, received: Iterable[tuple[str, str]], digests: Mapping[Path, str]
+) -> tuple[NotAnalysed, ...]:
+    """What was left out, each reason with the name of its file; also the files that intake passes over."""
+    uids = {digest: uid for uid, digest in received}
+    first: dict[str, Path] = {}
+    names: dict[str, list[str]] = {}
+    passed: list[NotAnalysed] = []
+    for path, digest in digests.items():
+        uid = uids.get(digest, "")
+        if digest in first:
+            passed.append(_passed(path, uid, f"byte for byte the same file as {first[digest]}"))
+            continue
+        first[digest] = path
+        names.setdefault(uid, []).append(str(path))
+        if digest not in uids:
+            passed.append(_passed(path, uid, OURS))
+        elif isinstance(answer, NotForUs) and not answer.not_analysed:
+            passed.append(_passed(path, uid, answer.reason))
+    said = (
+        dataclasses.replace(each, reason=f"{' or '.join(names[each.source.sop_instance_uid])}: {each.reason}")
+        for each in answer.not_analysed
+    )
+    return (*said, *passed)
+
+
+def _passed(path: Path, uid: str, reason: str) -> NotAnalysed:
+    return NotAnalysed(Source("", uid, "", 0, 0), f"{path}: {reason}")
 
 
 def _files(paths: Iterable[Path]) -> Iterator[Path]:
@@ -93,3 +155,12 @@ def write(answered: Answered, folder: Path) -> dict[str, Any]:
 
 def refusal(unreadable: Unreadable) -> dict[str, Any]:
     return summary.of_not_for_us(NotForUs("", f"{unreadable.path}: {unreadable.reason}"), 0.0)
+
+
+def left_out(found: Sorted, answers: Iterable[Answered]) -> list[str]:
+    """A line for whatever was not read; what a person should look into comes first, and says so."""
+    known = list(answers)
+    urgent = [f"{each.path}: {each.reason}" for each in found.unreadable]
+    urgent += [line for each in known for line in each.attention]
+    others = [line for each in known for line in each.left_out if line not in each.attention]
+    return [f"needs attention: {line}" for line in urgent] + [f"not read: {line}" for line in others]
