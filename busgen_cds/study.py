@@ -66,6 +66,7 @@ class Frame:
     region: Region
     spacing: Spacing | None = None
     laterality: Side | None = None  # only ever as stated by the source
+    step: float = 1.0  # frames of its clip from one that was looked at to the next
 
     @property
     def tissue(self) -> NDArray[np.uint8]:

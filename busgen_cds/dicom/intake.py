@@ -134,8 +134,10 @@ def _pictures(opened: Opened, source: Source, room: int) -> Iterator[Said]:
     if refused:
         yield NotAnalysed(source, refused)
         return
-    clip = _Clip(Frames(opened, shape), region.readable(stated), relevance.laterality(opened.header))
-    sampled = _sample(clip.frames.available, room // (shape.rows * shape.columns))
+    frames = Frames(opened, shape)
+    sampled = _sample(frames.available, room // (shape.rows * shape.columns))
+    step = (frames.available - 1) / (len(sampled) - 1) if len(sampled) > 1 else 1.0
+    clip = _Clip(frames, region.readable(stated), relevance.laterality(opened.header), step)
     for number in range(1, shape.frames + 1):
         here = dataclasses.replace(source, frame_number=number)
         if number - 1 in sampled:
@@ -169,6 +171,7 @@ class _Clip:
     frames: Frames
     stated: tuple[Tissue, ...]
     laterality: Side | None
+    step: float
     tissue: tuple[Tissue, ...] = ()
 
     def read(self, source: Source) -> Iterator[Said]:
@@ -188,7 +191,7 @@ class _Clip:
             yield NotAnalysed(source, _why_nothing(self.tissue, clear))
         grey = colour.without_marks(picture.grey, strong, [box for box, _ in shown])
         for box, spacing in shown:
-            yield Frame(source, grey, box, spacing, self.laterality)
+            yield Frame(source, grey, box, spacing, self.laterality, self.step)
 
     def _find(self, grey: NDArray[np.uint8]) -> tuple[Tissue, ...]:
         spacing = region.spacing_of_frame(self.frames.opened.header)

@@ -30,7 +30,7 @@ from busgen_cds.vision.engine import Engine, Reading
 
 BATCH = 16  # frames prepared at a time
 NEIGHBOURS = 3  # frames of a clip that must show a lesion, one after the other
-GAP = 1  # frames that a lesion may vanish for in between
+GAP = 1  # frames that a lesion may vanish for in between, or that could not be read
 SAME_LESION = 0.1  # overlap of a lesion's outlines in two neighbouring frames
 PIECES = 3  # lesions in one frame
 SMALL_PIECE = 0.2  # of the largest piece in its frame: what is smaller is not listed beside it
@@ -206,12 +206,14 @@ def _inside(reading: Reading, k: int, placement: pixels.Placement) -> NDArray[np
 def _lesions(views: Sequence[_View], manifest: Manifest) -> list[_Lesion]:
     lesions: list[_Lesion] = []
     for clip in _clips(views).values():
-        pieces = [_pieces(view, manifest) for view in clip]
-        if clip[0].frame.source.frame_count == 1:
-            lesions += [_Lesion([piece]) for piece in pieces[0]]
-        else:
-            lesions += _lasting(pieces)
+        pieces = [(_turn(view.frame), _pieces(view, manifest)) for view in clip]
+        lesions += _lasting(pieces, min(NEIGHBOURS, clip[0].frame.source.frame_count))
     return lesions
+
+
+def _turn(frame: Frame) -> int:
+    """Which of the frames that were looked at: what was left out of a clip leaves its gap."""
+    return round((frame.source.frame_number - 1) / frame.step)
 
 
 def _clips(views: Iterable[_View]) -> Mapping[tuple[str, int, int], list[_View]]:
@@ -238,10 +240,10 @@ def _pieces(view: _View, manifest: Manifest) -> list[_Piece]:
     return [_Piece(view, piece, level) for piece in pieces if piece.sum() >= SMALL_PIECE * pieces[0].sum()]
 
 
-def _lasting(frames: Sequence[Sequence[_Piece]]) -> list[_Lesion]:
+def _lasting(frames: Sequence[tuple[int, Sequence[_Piece]]], needed: int) -> list[_Lesion]:
     """Follow each lesion from frame to frame, and keep those that last."""
     followed: list[tuple[_Lesion, int]] = []  # with the frame that showed it last
-    for now, pieces in enumerate(frames):
+    for now, pieces in frames:
         for piece in pieces:
             for i, (lesion, last) in enumerate(followed):
                 if last < now <= last + 1 + GAP and _overlap(lesion.pieces[-1].cells, piece.cells) >= SAME_LESION:
@@ -250,7 +252,6 @@ def _lasting(frames: Sequence[Sequence[_Piece]]) -> list[_Lesion]:
                     break
             else:
                 followed.append((_Lesion([piece]), now))
-    needed = min(NEIGHBOURS, len(frames))
     return [lesion for lesion, _ in followed if len(lesion.pieces) >= needed]
 
 

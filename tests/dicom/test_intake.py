@@ -242,6 +242,7 @@ def test_a_long_clip_is_sampled_evenly() -> None:
     assert len(numbers) == intake.MAX_SAMPLED
     assert (numbers[0], numbers[-1]) == (1, 130)
     assert max(np.diff(numbers)) <= 3
+    assert [round((number - 1) / study.frames[0].step) for number in numbers] == list(range(intake.MAX_SAMPLED))
     assert len(study.not_analysed) == 130 - intake.MAX_SAMPLED
     assert {left.reason for left in study.not_analysed} == {"not sampled: 96 of 130 frames of this clip are read"}
 

@@ -194,6 +194,26 @@ def test_rule_3_a_lesion_may_blink(reader: Engine) -> None:
     assert assessed(reader, *clip(165, None, None, 165, None, None, 165)).findings == ()
 
 
+def test_rule_3_frames_far_apart_are_no_neighbours(reader: Engine) -> None:
+    """Safety rule 3: what was left out of a clip leaves its gap: a lesion in frames far apart, or in the only frame
+    that could be read, is no finding."""
+    far = [frame(lesion(165), number=number, count=300) for number in (1, 100, 200)]
+    assert assessed(reader, *far).findings == ()
+    assert assessed(reader, frame(lesion(165), number=150, count=300)).findings == ()
+    between = [frame(tissue=120, number=number, count=9) for number in (2, 3)]
+    flashes = [frame(lesion(165), number=number, count=9) for number in (1, 4, 7)]
+    assert assessed(reader, *flashes, *between).findings == ()
+
+
+def test_rule_3_sampled_frames_are_neighbours(reader: Engine) -> None:
+    """Safety rule 3: of a long clip some frames are looked at; one of these is the neighbour of the next."""
+    sampled = [replace(frame(lesion(165), number=number, count=300), step=1.5) for number in (1, 3, 4, 7)]
+    (found,) = assessed(reader, *sampled).findings
+    assert found.frames_seen == 4
+    apart = [replace(frame(lesion(165), number=number, count=300), step=1.5) for number in (1, 5, 10)]
+    assert assessed(reader, *apart).findings == ()
+
+
 def test_rule_3_two_places_are_two_lesions(reader: Engine) -> None:
     """A lesion that jumps across the picture is not one that lasts."""
     frames = [frame(lesion(165, x=200 + 90 * i, rx=30, ry=30), number=i + 1, count=4) for i in range(4)]
