@@ -262,11 +262,11 @@ def _foreign(folder: Path) -> dict[str, ForeignFile]:
     from busgen_cds import pixels
     from busgen_cds.dicom import decode, intake
     from busgen_cds.learning.evaluate import ForeignFile
-    from busgen_cds.study import NotForUs
+    from busgen_cds.study import Study
 
     found: dict[str, ForeignFile] = {}
     for path in sorted(folder.rglob("*.dcm")) if folder.is_dir() else ():
-        refused = isinstance(intake.study([(path.read_bytes(), path.name)]), NotForUs)
+        refused = not isinstance(intake.study([(path.read_bytes(), path.name)]), Study)
         pictures = []
         try:
             opened = decode.open_file(path.read_bytes())

@@ -4,19 +4,23 @@ Rules:
 - A Study is made once, by intake, from what a scanner sent; nothing here is guessed or repaired later.
 - Names and pixels never appear in a repr, because reprs end up in logs.
 - What was left out stands in `not_analysed` with its reason; nothing is dropped in silence.
+- Whose a study is follows from all its images at once, by one rule for everybody who asks: `contradiction`, `whose`.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+import unicodedata
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields
+from itertools import pairwise
 from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 Side = Literal["L", "R"]
+TWO_PATIENTS = "Two {} under one Study Instance UID: find out whose images these are, then release or delete."
 
 
 class Region(NamedTuple):
@@ -91,6 +95,41 @@ class Patient:
     issuer: str = field(default="", repr=False)
 
 
+def contradiction(patients: Iterable[Patient]) -> str:
+    """Why these are surely not one person; empty when nothing says so. What is missing contradicts nothing."""
+    known = tuple(dict.fromkeys(patients))
+    ids, issuers, births = ({value for value in values if value} for values in _identifiers(known))
+    if len(ids) > 1:
+        return TWO_PATIENTS.format("patient ids")
+    if len(issuers) > 1:
+        return TWO_PATIENTS.format("issuers of a patient id")
+    if len(births) > 1:
+        return TWO_PATIENTS.format("birth dates")
+    names = sorted({name for patient in known if (name := _letters(patient.name))})  # a shorter one before its longer
+    return TWO_PATIENTS.format("names") if any(not b.startswith(a) for a, b in pairwise(names)) else ""
+
+
+def whose(patients: Sequence[Patient]) -> Patient:
+    """The one person that these are, each of the words as the first says it who carries the id; the others after."""
+    known = sorted(patients, key=lambda patient: not patient.id)
+    said = {each.name: [getattr(patient, each.name) for patient in known] for each in fields(Patient)}
+    return Patient(**{name: next(filter(None, words), "") for name, words in said.items()})
+
+
+def _identifiers(patients: Sequence[Patient]) -> tuple[list[str], list[str], list[str]]:
+    return (
+        [patient.id.strip() for patient in patients],
+        [patient.issuer.strip() for patient in patients],
+        [patient.birth_date.strip() for patient in patients],
+    )
+
+
+def _letters(name: str) -> str:
+    """The first of the ways in which a name is written, without case, accents, blanks and separators."""
+    plain = unicodedata.normalize("NFKD", name.partition("=")[0])
+    return "".join(letter for letter in plain.casefold() if letter.isalnum())
+
+
 @dataclass(frozen=True)
 class Header:
     """The study's own words, needed on every object that answers it."""
@@ -144,4 +183,13 @@ class NotForUs:
     study_uid: str
     reason: str
     not_analysed: tuple[NotAnalysed, ...] = ()
+    received: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Held:
+    """Nobody can say whose images these are: a person decides, and until then nothing is said of them."""
+
+    study_uid: str
+    reason: str
     received: tuple[tuple[str, str], ...] = ()

@@ -1,11 +1,12 @@
-"""The instances of one study → a Study of B-mode frames, or the reason why it is not for us.
+"""The instances of one study → a Study of B-mode frames, or the reason why it is not for us, or why it is held.
 
 Rules:
 - Every instance is answered for: its frames are read, or it stands in `not_analysed` with its reason.
 - One damaged instance never stops the others.
 - The answer depends on what was received, not on the order in which it came.
 - Our own objects that come back are neither read nor counted, or each answer would ask for another.
-- Two patients under one study: nothing is read.
+- Two patients under one study: nothing is read, and the study is held.
+- Whose it is, is said by all instances together; an instance without an id never says it for the others.
 
 Only a study too large to be held at once makes the order matter: give its instances in the same order each time.
 """
@@ -28,6 +29,7 @@ from busgen_cds.dicom.relevance import text
 from busgen_cds.study import (
     Frame,
     Header,
+    Held,
     NotAnalysed,
     NotForUs,
     Patient,
@@ -37,11 +39,12 @@ from busgen_cds.study import (
     Source,
     Spacing,
     Study,
+    contradiction,
+    whose,
 )
 
 MAX_SAMPLED = 96  # frames of one clip, spread evenly
 MAX_HELD = 384 << 20  # bytes of grey frames in one study
-TWO_PATIENTS = "two patient ids under one study: held, nothing was read"
 COLOURED = "colour over the tissue: Doppler or elastography, not B-mode"
 
 Said = Frame | NotAnalysed
@@ -54,7 +57,7 @@ class _Owner(NamedTuple):
     scanner: Scanner
 
 
-def study(instances: Iterable[tuple[bytes, str]]) -> Study | NotForUs:
+def study(instances: Iterable[tuple[bytes, str]]) -> Study | NotForUs | Held:
     """Whole files of one study, each with the SHA-256 of what was received."""
     desk = _Desk()
     for data, sha256 in instances:
@@ -96,7 +99,7 @@ class _Desk:
             return [NotAnalysed(source, "the same SOP Instance UID as another image, with other content")]
         self.uids.add(text(opened.header, "StudyInstanceUID"))
         self.owners[source.sop_instance_uid] = _owner(opened.header)
-        if _several([owner.patient for owner in self.owners.values()]):
+        if contradiction(owner.patient for owner in self.owners.values()):
             return []
         said = list(_pictures(opened, source, MAX_HELD - self.held))
         self.held += sum(
@@ -104,19 +107,23 @@ class _Desk:
         )
         return said
 
-    def answer(self) -> Study | NotForUs:
+    def answer(self) -> Study | NotForUs | Held:
         if len(self.uids) > 1:
             raise ValueError("instances of several studies were given as one")
         uid = next(iter(self.uids), "")
         said = [one for _, one in sorted(self.said, key=lambda pair: pair[0])]
         received = tuple(sorted((sop, sha256) for sha256, sop in self.received.items()))
-        if _several([owner.patient for owner in self.owners.values()]):
-            return NotForUs(uid, TWO_PATIENTS, (), received)
+        held = contradiction(owner.patient for owner in self.owners.values())
+        if held:
+            return Held(uid, held, received)
         frames = tuple(one for one in said if isinstance(one, Frame))
         left = tuple(one for one in said if isinstance(one, NotAnalysed))
         if not frames:
             return NotForUs(uid, _summary(left), left, received)
-        return Study(uid, *self.owners[frames[0].source.sop_instance_uid], frames, left, received)
+        order = [one.source.sop_instance_uid for one in frames] + [one.source.sop_instance_uid for one in left]
+        owners = [self.owners[name] for name in dict.fromkeys(order) if name in self.owners]
+        _, header, scanner = self.owners[frames[0].source.sop_instance_uid]
+        return Study(uid, whose([owner.patient for owner in owners]), header, scanner, frames, left, received)
 
 
 def _pictures(opened: Opened, source: Source, room: int) -> Iterator[Said]:
@@ -205,13 +212,6 @@ def _why_nothing(tissue: Sequence[Tissue], clear: Sequence[Tissue]) -> str:
     if not tissue:
         return "no tissue is seen in it"
     return "not a breast: the sector of a curved or phased probe" if clear else COLOURED
-
-
-def _several(patients: Sequence[Patient]) -> bool:
-    """Are these surely different people? An id that is missing contradicts nothing."""
-    ids = {patient.id for patient in patients} - {""}
-    issuers = {patient.issuer for patient in patients} - {""}
-    return len(ids) > 1 or len(issuers) > 1
 
 
 def _summary(left: Sequence[NotAnalysed]) -> str:

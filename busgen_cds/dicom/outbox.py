@@ -314,6 +314,11 @@ def patient_ids(study_uid: str, at: Node) -> tuple[str, ...]:
     return tuple(sorted({str(found.get("PatientID", "") or "").strip() for found in _find(wanted, at)}))
 
 
+def patient_id_in(data: bytes) -> str:
+    """Whose object a PACS will take this for: what its own bytes say."""
+    return str(pydicom.dcmread(io.BytesIO(data), specific_tags=["PatientID"]).get("PatientID", "") or "").strip()
+
+
 def count_images(study_uid: str, at: Node, *, modality: str = "US") -> int:
     """How many ultrasound instances of the study the PACS holds; what we sent there ourselves is not ultrasound."""
     wanted = _wanted("SERIES", study_uid)

@@ -26,7 +26,7 @@ from busgen_cds.store.casebook import Casebook
 from busgen_cds.store.cases import WHOLE_STUDY, Cases, Contour, Said
 from busgen_cds.store.inbox import Inbox
 from busgen_cds.store.results import Results
-from busgen_cds.study import Frame, NotForUs, Region, Source, Study
+from busgen_cds.study import Frame, Region, Source, Study
 from busgen_cds.truth import Conflict, Known, Open, Opinion
 
 WHO = "case maker"
@@ -150,7 +150,7 @@ def _frame_of(source: Source) -> FrameName:
 def _frames(stations: Stations, study_ref: str) -> dict[FrameName, tuple[Frame, Study]]:
     instances = stations.inbox.instances(study_ref)
     study = intake.study((stations.inbox.open(instance), instance.sha256) for instance in instances)
-    if isinstance(study, NotForUs):
+    if not isinstance(study, Study):
         return {}
     return {_frame_of(frame.source): (frame, study) for frame in study.frames}
 

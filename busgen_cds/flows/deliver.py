@@ -54,12 +54,13 @@ def _may_not(services: Services, delivery: Delivery) -> str | None:
     held = services.inbox.held(delivery.study_ref)
     if held or services.query_node is None:
         return held
-    study_uid, patient_id = services.results.identity(delivery.study_ref)
+    study_uid, _ = services.results.identity(delivery.study_ref)
     theirs = outbox.patient_ids(study_uid, services.query_node)
-    if not theirs or theirs == (patient_id.strip(),):
+    ours = {outbox.patient_id_in(each.data) for each in services.results.to_send(delivery.ref)}
+    if not theirs or not ours or ours == set(theirs):
         return None
     reason = (
-        f"{services.query_node} says that this study belongs to another patient than it was received for: "
+        f"{services.query_node} says that this study belongs to another patient than its results were made for: "
         "correct it there or delete it here, then release the study."
     )
     services.inbox.hold(delivery.study_ref, reason, "delivery")

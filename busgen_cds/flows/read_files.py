@@ -21,7 +21,7 @@ from typing import Any
 
 from busgen_cds import summary
 from busgen_cds.result import Rendered, Result
-from busgen_cds.study import NotAnalysed, NotForUs, Source, Study
+from busgen_cds.study import Held, NotAnalysed, NotForUs, Source, Study
 
 OURS = "one of this product's own objects; they are never read"
 ATTENTION = re.compile(
@@ -34,7 +34,7 @@ class Stations:
     """What reading needs of the others."""
 
     study_uid: Callable[[bytes], str]  # of a Part 10 file; raises ValueError when it is none
-    intake: Callable[[Iterable[tuple[bytes, str]]], Study | NotForUs]
+    intake: Callable[[Iterable[tuple[bytes, str]]], Study | NotForUs | Held]
     assess: Callable[[Study], Result]
     render: Callable[[Study, Result], tuple[Rendered, ...]]
 
@@ -87,6 +87,8 @@ def read(files: Iterable[Path], stations: Stations) -> Answered:
     began = time.monotonic()
     digests: dict[Path, str] = {}
     study = stations.intake(_opened(files, digests))
+    if isinstance(study, Held):
+        study = NotForUs(study.study_uid, study.reason, (), study.received)
     if isinstance(study, NotForUs):
         refused = dataclasses.replace(study, not_analysed=_left_out(study, study.received, digests))
         return Answered(refused, (), time.monotonic() - began)
@@ -142,7 +144,7 @@ def _files(paths: Iterable[Path]) -> Iterator[Path]:
             yield path
 
 
-def write(answered: Answered, folder: Path) -> dict[str, Any]:
+def write(answered: Answered, folder: Path, *, prevalence_stated: bool = True) -> dict[str, Any]:
     """Put a study's objects into the folder; the document that describes its answer."""
     if isinstance(answered.answer, NotForUs):
         return summary.of_not_for_us(answered.answer, answered.seconds)
@@ -150,7 +152,7 @@ def write(answered: Answered, folder: Path) -> dict[str, Any]:
     for name, each in zip(names, answered.objects, strict=True):
         (folder / name).write_bytes(each.data)
     answer = dataclasses.replace(answered.answer, seconds=answered.seconds)
-    return summary.of_result(answer, names)
+    return summary.of_result(answer, names, prevalence_stated=prevalence_stated)
 
 
 def refusal(unreadable: Unreadable) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from busgen_cds.flows.services import Services, failed, in_use, log
 from busgen_cds.result import Answer, Declined, Rendered, Result
 from busgen_cds.store.inbox import Instance
 from busgen_cds.store.results import Addressee, Previous, Results
-from busgen_cds.study import NotForUs, evidence_digest
+from busgen_cds.study import Held, NotForUs, Study, evidence_digest
 
 RECALLED = "a second patient id came under this study after it was answered: the results sent are recalled"
 RECOVERIES = 8  # a study that ends the worker this often is parked
@@ -106,7 +106,7 @@ def _recall(services: Services, study_ref: str, instances: Sequence[Instance]) -
     study = services.intake((services.inbox.open(instance), instance.sha256) for instance in read)
     replaced = services.results.previous(study_ref)
     shown = services.results.show(known.ref)
-    if isinstance(study, NotForUs) or replaced is None or shown is None or isinstance(shown.answer, NotForUs):
+    if not isinstance(study, Study) or replaced is None or shown is None or isinstance(shown.answer, NotForUs):
         services.results.covers(known.ref, len(instances))  # nothing was said of it
         return "held"
     digest, revision = digest_of(instances, services.results), services.results.next_revision(study_ref)
@@ -164,6 +164,10 @@ def _gather_and_keep(services: Services, study_ref: str, digest: str) -> str:
     # 2. Bytes → Study → Result → objects.
     study = services.intake((services.inbox.open(instance), instance.sha256) for instance in instances)
     revision = services.results.next_revision(study_ref)
+    if isinstance(study, Held):
+        services.inbox.hold_two_patients(study_ref, study.reason, "reading")
+        services.jobs.drop(study_ref, digest, now_there)
+        return _recall(services, study_ref, instances)
     if isinstance(study, NotForUs):
         return _keep_refusal(services, study_ref, study, now_there, len(instances), revision, digest)
     result = services.assess(study, revision)

@@ -95,7 +95,7 @@ class Companion:
         try:
             instances = services.inbox.instances(study_ref)
             study = services.intake((services.inbox.open(each), each.sha256) for each in instances)
-            said: Result | str = study.reason if isinstance(study, NotForUs) else reader.read(study)
+            said: Result | str = reader.read(study) if isinstance(study, Study) else study.reason
         except Transient:
             raise  # it is due again at the next turn
         except Exception as error:  # noqa: BLE001 - a candidate that fails on a study is what shadow is there to show

@@ -7,7 +7,7 @@ Rules:
   set aside.
 - Nothing plain is written: files are sealed by `vault`, identifiers in the rows too.
 - A study is named by an opaque random reference; only that leaves this module for workflows and logs.
-- Two patient ids under one study UID: all is kept, and the study is held until a person decides.
+- Two patients under one study UID: all is kept, and the study is held until a person decides.
 - A file without a row was never acknowledged; `sweep` removes it.
 """
 
@@ -35,8 +35,8 @@ from busgen_cds.store import audit, clerk, vault
 from busgen_cds.store.clerk import Job
 from busgen_cds.store.database import Base, Blind, Database, Sealed, UtcTime, WrappedKey, table_of
 from busgen_cds.store.vault import SealedWriter, Vault
+from busgen_cds.study import Patient, contradiction
 
-TWO_PATIENTS = "Two patient ids under one Study Instance UID: find out whose images these are, then release or delete."
 PROCESSING_FAILURE, NO_SUCH_INSTANCE, CLASS_INSTANCE_CONFLICT = 0x0110, 0x0112, 0x0119
 _LOOK_AT_DISK_EVERY = 64 * 1024 * 1024
 
@@ -176,7 +176,7 @@ class _Filed(NamedTuple):
 
     ref: str
     key: bytes
-    patient_blind: str
+    patient: Patient
     two_patients: bool
     held: str | None
 
@@ -327,10 +327,15 @@ class Inbox:
             return [(row.ref, row.held) for row in session.execute(query.order_by(_studies.c.first_received_at))]
 
     def hold(self, study_ref: str, reason: str, who: str = "system") -> None:
-        self._set_held(study_ref, reason, audit.Act("study held", who, reason, study_ref))
+        self._set_held(study_ref, {"held": reason}, audit.Act("study held", who, reason, study_ref))
+
+    def hold_two_patients(self, study_ref: str, reason: str, who: str = "system") -> None:
+        """Its images show what the identifiers under which they were filed did not: whose it is, nobody can say."""
+        values = {"held": reason, "two_patients": True}
+        self._set_held(study_ref, values, audit.Act("study held", who, reason, study_ref))
 
     def release(self, study_ref: str, who: str) -> None:
-        self._set_held(study_ref, None, audit.Act("study released", who, "", study_ref))
+        self._set_held(study_ref, {"held": None}, audit.Act("study released", who, "", study_ref))
 
     def quarantined(self) -> list[Quarantined]:
         with self._database.reading() as session:
@@ -476,9 +481,9 @@ class Inbox:
             for row in rows
         )
 
-    def _set_held(self, study_ref: str, reason: str | None, act: audit.Act) -> None:
+    def _set_held(self, study_ref: str, values: dict[str, Any], act: audit.Act) -> None:
         with self._database.transaction() as session:
-            session.execute(sa.update(_studies).where(_studies.c.ref == study_ref).values(held=reason))
+            session.execute(sa.update(_studies).where(_studies.c.ref == study_ref).values(values))
             audit.record(session, act, at=self._clock())
 
     def _look_at_disk(self) -> None:
@@ -605,28 +610,36 @@ class Inbox:
 
     def _file_under(self, connection: sa.Connection, job: Job, studies: dict[str, _Filed]) -> _Filed:
         """The study of an instance, made when it is the first; held when it shows a second patient."""
-        uid, patient = job.header.study_instance_uid, job.header.patient_id.strip()
+        uid, patient = job.header.study_instance_uid, Patient(id=job.header.patient_id.strip())
         study = studies.get(uid) or self._find_or_make(connection, job, patient)
-        if patient and study.patient_blind not in self._vault.blinds(patient) and not study.two_patients:
-            study = study._replace(two_patients=True, held=study.held or TWO_PATIENTS)
+        two = contradiction([study.patient, patient])
+        if two and not study.two_patients:
+            study = study._replace(two_patients=True, held=study.held or two)
             connection.execute(_HOLD_STUDY, {"study": study.ref, "held_now": study.held})
+        if patient.id and not study.patient.id:
+            study = study._replace(patient=patient)
+            mine = sa.update(_studies).where(_studies.c.ref == study.ref)
+            connection.execute(mine.values(self._sealed(patient)))
         studies[uid] = study
         return study
 
-    def _find_or_make(self, connection: sa.Connection, job: Job, patient: str) -> _Filed:
+    def _sealed(self, patient: Patient) -> dict[str, Any]:
+        return {"patient_blind": self._vault.blind(patient.id), "patient": self._vault.seal_text(patient.id)}
+
+    def _find_or_make(self, connection: sa.Connection, job: Job, patient: Patient) -> _Filed:
         blinds = self._vault.blinds(job.header.study_instance_uid)
         row = next((row for blind in blinds for row in connection.execute(_FIND_STUDY, {"blind": blind})), None)
         if row is not None:
-            return _Filed(row.ref, self._vault.unwrap(row.key), row.patient_blind, row.two_patients, row.held)
-        study = _Filed(secrets.token_hex(16), vault.new_key(), self._vault.blind(patient), False, None)
+            known = Patient(id=self._vault.open_text(row.patient))
+            return _Filed(row.ref, self._vault.unwrap(row.key), known, row.two_patients, row.held)
+        study = _Filed(secrets.token_hex(16), vault.new_key(), patient, False, None)
         connection.execute(
             _INSERT_STUDY,
             {
                 "ref": study.ref,
                 "uid_blind": self._vault.blind(job.header.study_instance_uid),
                 "uid": self._vault.seal_text(job.header.study_instance_uid),
-                "patient_blind": study.patient_blind,
-                "patient": self._vault.seal_text(patient),
+                **self._sealed(patient),
                 "key": self._vault.wrap(study.key),
                 "first_received_at": job.at,
                 "two_patients": False,

@@ -16,12 +16,12 @@ from pydicom.sequence import Sequence as Items
 from pydicom.uid import JPEGBaseline8Bit
 
 from busgen_cds.dicom import intake, relevance, saying
-from busgen_cds.study import Frame, NotForUs, Region, Spacing, Study
+from busgen_cds.study import Frame, Held, NotForUs, Region, Spacing, Study
 from tests import images
 from tests.dicom import real
 
 
-def take(*files: bytes) -> Study | NotForUs:
+def take(*files: bytes) -> Study | NotForUs | Held:
     return intake.study((data, hashlib.sha256(data).hexdigest()) for data in files)
 
 
@@ -414,16 +414,40 @@ def test_a_clip_that_breaks_off() -> None:
     assert "end before" in study.not_analysed[0].reason
 
 
-def test_two_patients_under_one_study() -> None:
-    """Safety rule 8: two patient ids under one study: nothing is read, and the reason is not a name."""
-    files = [
-        images.breast_image(number=1, study_uid="1.2.3", patient_id="A"),
-        images.breast_image(number=2, study_uid="1.2.3", patient_id="B"),
-    ]
+@pytest.mark.parametrize(
+    ("first", "second", "what"),
+    [
+        ({"PatientID": "A"}, {"PatientID": "B"}, "patient ids"),
+        ({"IssuerOfPatientID": "NORTH"}, {"IssuerOfPatientID": "SOUTH"}, "issuers"),
+        ({"PatientBirthDate": "19600101"}, {"PatientBirthDate": "19610101"}, "birth dates"),
+        ({"PatientName": "Doe^Jane"}, {"PatientName": "Roe^Jane", "PatientID": ""}, "names"),
+    ],
+)
+def test_two_patients_under_one_study(first: dict[str, str], second: dict[str, str], what: str) -> None:
+    """Safety rule 8: two patients under one study: it is held, nothing is read, and the reason is not a name."""
+    files = [altered({"number": 1}, **first), altered({"number": 2}, **second)]
     study = take(*files)
-    assert isinstance(study, NotForUs)
-    assert study.reason == intake.TWO_PATIENTS
+    assert isinstance(study, Held)
+    assert study.reason.startswith(f"Two {what}") and not {*first.values(), *second.values()} & set(
+        study.reason.split()
+    )
     assert len(study.received) == 2
+
+
+def test_the_same_name_written_twice() -> None:
+    """One name in other letters, shorter, or in a second alphabet is no second patient."""
+    names = ("DOE^JANE", "Doe^Jane^M", "Döe^Jane", "doe jane=山田^太郎")
+    files = [altered({"number": n}, PatientName=name) for n, name in enumerate(names)]
+    assert len(read(*files).frames) == 4
+
+
+def test_an_image_without_an_id_names_nobody() -> None:
+    """Safety rule 8: whose the study is, its images say together: the first of them may lack the id and its issuer."""
+    first = altered({"number": 1}, PatientID="", PatientBirthDate="")
+    second = altered({"number": 2}, PatientID="P1", IssuerOfPatientID="NORTH", PatientBirthDate="19600101")
+    for files in ((first, second), (second, first)):
+        patient = read(*files).patient
+        assert (patient.id, patient.issuer, patient.birth_date) == ("P1", "NORTH", "19600101")
 
 
 def test_a_missing_patient_id_contradicts_nothing() -> None:

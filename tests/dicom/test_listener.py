@@ -21,7 +21,8 @@ from busgen_cds.dicom import upper_layer as ul
 from busgen_cds.dicom.association import STORED, Peer, Rules
 from busgen_cds.dicom.listener import Listener, ListenerConfig
 from busgen_cds.store import audit
-from busgen_cds.store.inbox import TWO_PATIENTS, Inbox
+from busgen_cds.store.inbox import Inbox
+from busgen_cds.study import TWO_PATIENTS
 from tests import images
 from tests.dicom import raw
 from tests.dicom.raw import BIG, DEFLATED, EXPLICIT, IMPLICIT, US_IMAGE, Hung, Scanner
@@ -182,7 +183,7 @@ def test_two_patients_under_one_study(site: tuple[Listener, Inbox]) -> None:
         assert scanner.store("1.2.3.4", raw.image("1.2.3.4", patient="ONE")) == 0
         assert scanner.store("1.2.3.5", raw.image("1.2.3.5", patient="TWO")) == 0
     (study,) = inbox.studies()
-    assert study.two_patients and study.held == TWO_PATIENTS and study.instances == 2
+    assert study.two_patients and study.held == TWO_PATIENTS.format("patient ids") and study.instances == 2
 
 
 def test_no_delay(site: tuple[Listener, Inbox]) -> None:

@@ -109,6 +109,42 @@ def test_two_patients_under_one_study(tmp_path: Path) -> None:
         assert not it.pacs.objects
 
 
+def test_an_image_without_an_id_names_nobody(tmp_path: Path) -> None:
+    """Rule 8: what reaches the PACS carries the one id that was received, though the first image has none."""
+    first, second = a_lesion(2, patient_id="P1")
+    without = hospital.relabelled(first, PatientID="")
+    with hospital.opened(tmp_path, prepare=_asks_the_pacs) as it:
+        it.pacs.patients[hospital.study_uid([first])] = "P1"
+        study = it.scanner.sends([without, second])
+        it.settles()
+        assert {str(each.PatientID) for each in it.pacs.of(study)} == {"P1"}
+        assert [entry.study_ref for entry in it.site.results.search("P1")] == [it.ref(study)]
+
+
+def test_a_stranger_without_an_id(tmp_path: Path) -> None:
+    """Rule 8: an image without an id that bears another name: the study is held, nothing is read or sent."""
+    first, second = a_lesion(2, patient_id="P1")
+    with hospital.opened(tmp_path) as it:
+        it.scanner.sends([second, hospital.relabelled(first, PatientID="", PatientName="SOMEBODY^ELSE")])
+        (item,) = it.waits_until(lambda: [one for one in waiting(it) if one.state == "held"])
+        it.settles()
+        assert item.reason.startswith("Two names") and "SOMEBODY" not in item.reason
+        assert it.reader.reads == [] and not it.pacs.objects
+
+
+def test_a_stranger_without_an_id_after_the_answer(tmp_path: Path) -> None:
+    """Rule 8: a late image without an id that bears another name: what was sent is recalled."""
+    first, second = a_lesion(2, patient_id="P1")
+    with hospital.opened(tmp_path, prepare=_takes_rejection_notes) as it:
+        study = it.scanner.sends([first])
+        it.settles()
+        it.scanner.sends([hospital.relabelled(second, PatientID="", PatientName="SOMEBODY^ELSE")])
+        it.waits_until(lambda: it.pacs.of(study, modality="KO"))
+        it.settles()
+        assert it.acts("results recalled") == 1
+        assert {str(each.PatientName) for each in it.pacs.of(study)} == {str(hospital.opened_file(first).PatientName)}
+
+
 def test_a_second_patient_after_the_answer(tmp_path: Path) -> None:
     """Rule 8: a second patient id under an answered study: what was sent is recalled loudly, once; no more goes."""
     with hospital.opened(tmp_path, prepare=_takes_rejection_notes) as it:
