@@ -158,7 +158,7 @@ def live_engine(site: Site) -> Iterator[Live]:
 
 
 def file_stations(reader: Engine, prevalence: float | None) -> read_files.Stations:
-    """What `read` needs; without a prevalence the bundle's own is used, and stated."""
+    """What `read` needs; without a prevalence the bundle's own is assumed."""
 
     def read(study: Study) -> Result:
         stated = reader.manifest.calibration.prevalence if prevalence is None else prevalence

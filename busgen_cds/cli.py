@@ -263,7 +263,8 @@ def read(
     paths: Annotated[list[Path], typer.Argument(exists=True, help="DICOM files, or folders of them.")],
     to: Annotated[Path, typer.Option("--out", help="Folder for results.json and the objects.")],
     prevalence: Annotated[
-        float | None, typer.Option(min=0.0001, max=0.9999, help="Share of cancers; unset: as calibrated, and stated.")
+        float | None,
+        typer.Option(min=0.0001, max=0.9999, help="Share of cancers; unset: the calibration's."),
     ] = None,
     bundle: Annotated[Path | None, typer.Option(help="Folder of a bundle; unset: the one shipped.")] = None,
     device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
@@ -281,7 +282,7 @@ def read(
     with _progress("Reading", quiet=as_json) as bar:
         for study_files in bar(found.studies.values()):
             answers.append(read_files.read(study_files, stations))
-            documents.append(read_files.write(answers[-1], to))
+            documents.append(read_files.write(answers[-1], to, prevalence_stated=prevalence is not None))
     (to / "results.json").write_text(json.dumps(documents, indent=1) + "\n")
     if as_json:
         return _print_json(documents)
@@ -303,8 +304,17 @@ def _show(documents: Iterable[dict[str, Any]]) -> None:
         p = each["study"]["probability_of_malignancy"]
         uid = each["study_instance_uid"] or "–"
         says = each["study"]["birads"] or ("no lesion found" if each["outcome"] == "assessed" else each["reason"])
-        rows.append((uid[-16:], each["outcome"], says, "" if p is None else f"{100 * p:.1f} %", len(each["findings"])))
-    _table(("study …", "outcome", "category or reason", "malignant", "findings"), rows)
+        malignant = "" if p is None else f"{100 * p:.1f} %"
+        rows.append((uid[-16:], each["outcome"], says, malignant, _prevalence(each), len(each["findings"])))
+    _table(("study …", "outcome", "category or reason", "malignant", "at a prevalence", "findings"), rows)
+
+
+def _prevalence(document: dict[str, Any]) -> str:
+    said = document["prevalence"]
+    if not said:
+        return ""
+    used = f"{100 * said['used']:.1f} %"
+    return used if said["stated"] is not None else f"not stated: assumed {used}, the calibration's"
 
 
 @app.command()

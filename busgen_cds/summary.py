@@ -3,6 +3,7 @@
 Rules:
 - One object per study, also for a refusal; `outcome` says which it is, `reason` why not.
 - Probabilities are 0 to 1; x, y are 0-based pixels of the full source frame; frames count from 1; unknown is null.
+- `prevalence.stated` is what somebody stated; null where nobody did, and then `used` is what was assumed.
 - No name and no patient id is in it.
 """
 
@@ -15,7 +16,7 @@ from busgen_cds.result import Assessed, Finding, Result
 from busgen_cds.study import NotAnalysed, NotForUs, Source
 
 
-def of_result(result: Result, objects: Iterable[str] = ()) -> dict[str, Any]:
+def of_result(result: Result, objects: Iterable[str] = (), *, prevalence_stated: bool = True) -> dict[str, Any]:
     assessed = result if isinstance(result, Assessed) else None
     return {
         "study_instance_uid": result.study_uid,
@@ -24,7 +25,7 @@ def of_result(result: Result, objects: Iterable[str] = ()) -> dict[str, Any]:
         "revision": result.revision,
         "bundle": {"name": result.bundle.name, "version": result.bundle.version, "digest": result.bundle.digest},
         "provider": result.provider,
-        "prevalence": assessed and {"stated": assessed.prevalence, "calibrated_at": assessed.calibrated_at},
+        "prevalence": assessed and _prevalence(assessed, stated=prevalence_stated),
         "study": {
             "probability_of_malignancy": assessed.probability if assessed else None,
             "birads": assessed.birads if assessed else None,
@@ -52,6 +53,14 @@ def of_not_for_us(answer: NotForUs, seconds: float) -> dict[str, Any]:
         "images_not_analysed": [_left_out(each) for each in answer.not_analysed],
         "objects": [],
         "seconds": round(seconds, 3),
+    }
+
+
+def _prevalence(result: Assessed, *, stated: bool) -> dict[str, float | None]:
+    return {
+        "stated": result.prevalence if stated else None,
+        "used": result.prevalence,
+        "calibrated_at": result.calibrated_at,
     }
 
 

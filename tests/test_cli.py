@@ -72,6 +72,7 @@ def test_read_names_every_file_that_it_left_out(tmp_path: Path) -> None:
     for name in ("cut.dcm", "cut-too.dcm", "head.dcm"):
         assert [line for line in lines if line.startswith("needs attention: ") and name in line]
     assert [line for line in lines if line.startswith("not read: ") and "byte for byte" in line]
+    assert read["outcome"] == "declined" or "not stated: assumed" in " ".join(done.stdout.split())
 
 
 def test_read_says_that_two_patients_need_attention(tmp_path: Path) -> None:
@@ -88,14 +89,15 @@ def test_read_says_that_two_patients_need_attention(tmp_path: Path) -> None:
 
 
 def test_read_states_the_prevalence_it_used(tmp_path: Path) -> None:
-    """`read --prevalence` moves the probability and states what it was moved to; without it, the calibration's."""
+    """`read --prevalence` moves the probability and states it; without it nothing is called stated."""
     scanned(tmp_path / "in", seed=3)
     said = []
     for more in ([], ["--prevalence", "0.01"]):
         done = busgen_cds("read", tmp_path / "in", "--out", tmp_path / "out", "--json", *more)
         said.append(json.loads(done.stdout)[0])
     if said[0]["outcome"] == "assessed":
-        assert said[0]["prevalence"]["stated"] == said[0]["prevalence"]["calibrated_at"]
+        assert said[0]["prevalence"]["stated"] is None
+        assert said[0]["prevalence"]["used"] == said[0]["prevalence"]["calibrated_at"]
         assert said[1]["prevalence"]["stated"] == 0.01
         before, after = (each["study"]["probability_of_malignancy"] for each in said)
         assert after < before
