@@ -13,6 +13,7 @@ from busgen_cds import drift
 from busgen_cds.drift import Limits
 from busgen_cds.store import audit, database
 from busgen_cds.store.drift import ALL, Drift, monday
+from tests import postgres
 
 BUNDLE, OTHER = "a" * 64, "b" * 64
 START = datetime(2026, 3, 4, 12, tzinfo=UTC)  # a Wednesday
@@ -22,9 +23,9 @@ EVEN = {"none": 0.3, "3": 0.3, "4A": 0.2, "4C": 0.2}
 class Clinic:
     """Two scanners, week after week."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, url: str) -> None:
         self.now, self.random = START, np.random.default_rng(7)
-        self.database = database.open(f"sqlite:///{folder / 'site.sqlite'}")
+        self.database = database.open(url)
         self.drift = Drift(self.database, Limits(), 120, lambda: self.now)
 
     def reads(self, studies: int, device: str = "Acme One", *, gain: float = 0.0, bundle: str = BUNDLE) -> None:
@@ -48,7 +49,7 @@ class Clinic:
 
 @pytest.fixture
 def clinic(tmp_path: Path) -> Clinic:
-    return Clinic(tmp_path)
+    return Clinic(f"sqlite:///{tmp_path / 'site.sqlite'}")
 
 
 def test_the_first_studies_are_the_reference(clinic: Clinic) -> None:
@@ -118,3 +119,13 @@ def test_nothing_but_sums(clinic: Clinic) -> None:
     with clinic.database.reading() as session:
         after = session.execute(size).one()
     assert before[0] == after[0] == 8 * drift.FEATURES and abs(before[1] - after[1]) < 20
+
+
+def test_on_postgresql() -> None:
+    """Weeks and alarms are kept on PostgreSQL as on SQLite."""
+    with postgres.running("site") as addresses:
+        clinic = Clinic(addresses["site"])
+        clinic.begins()
+        clinic.reads(35, "Acme One", gain=1.2)
+        assert ("Acme One", "images") in {(a.device, a.figure) for a in clinic.drift.raise_alarms(BUNDLE)}
+        clinic.database.close()

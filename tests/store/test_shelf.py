@@ -331,6 +331,41 @@ def test_a_bundle_that_does_not_verify_is_not_promoted(room: Room) -> None:
     assert room.states() == {"2": "shadow"} and room.live_version() == "shipped"
 
 
+def test_power_fails_after_the_promotion(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A promotion is whole when the database has it: the file that lags behind catches up by itself."""
+    room.promoted("2")
+    digest = room.shadowed("3")
+
+    def cut(self: Shelf, envelope: bytes) -> None:
+        if (self.folder / shelf.STATEMENT).read_bytes() != envelope:
+            raise OSError("no power")
+
+    monkeypatch.setattr(Shelf, "_write_file", cut)
+    with pytest.raises(OSError, match="no power"):
+        room.shelf.promote(digest, person="phil", signer=PROMOTER)
+    monkeypatch.undo()
+    before = (room.folder / shelf.STATEMENT).read_bytes()
+    assert room.live_version() == "3" and (room.folder / shelf.STATEMENT).read_bytes() != before
+
+
+def test_power_fails_while_a_bundle_is_made(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bundle on the disk is whole or absent, and is made by the next attempt."""
+    candidate, seal = a_candidate("2"), Candidate.seal
+
+    def cut(self: Candidate, folder: Path, signer: signing.Signer) -> None:
+        seal(self, folder, signer)
+        (folder / bundle.NETWORK).unlink()
+        raise OSError("no power")
+
+    monkeypatch.setattr(Candidate, "seal", cut)
+    with pytest.raises(OSError, match="no power"):
+        room.shelf.put(candidate, report=REPORT, signer=NIGHT)
+    assert room.states() == {} and not (room.folder / candidate.digest).exists()
+    monkeypatch.undo()
+    assert room.shelf.put(candidate, report=REPORT, signer=NIGHT).state == "shelved"
+    assert room.shelf.open(candidate.digest).manifest.version == "2"
+
+
 def test_on_postgresql(tmp_path: Path) -> None:
     """The shelf works on PostgreSQL as on SQLite."""
     with postgres.running("site") as addresses:

@@ -38,6 +38,7 @@ from busgen_cds import web
 from busgen_cds.web.front import Limit
 from tests.images import breast_study
 from tests.web.practice import Practice, Says
+from tests.web.shelf import Room
 
 CHECKS = [
     not_a_server_error,
@@ -71,8 +72,8 @@ class Explored:
 
 
 @contextmanager
-def practice(folder: Path) -> Iterator[tuple[Practice, dict[str, str], Known]]:
-    """A site with studies of every outcome, and somebody who may do everything."""
+def practice(folder: Path) -> Iterator[tuple[Room, dict[str, str], Known]]:
+    """A site with studies of every outcome, a shelf, and somebody who may do everything."""
     made = Practice(folder)
     made.person("fuzz", "reader", "operator", "physicist", "auditor", "admin")
     outcomes = (Says("4C", findings=2), Says(declines="unlike anything learnt"), Says(None), Says("4B", sent="parked"))
@@ -84,8 +85,11 @@ def practice(folder: Path) -> Iterator[tuple[Practice, dict[str, str], Known]]:
     secret, _ = made.people.make_token(owner, "explore", owner.rights, 1)
     uid = made.screen.slides(refs[0])[0].source.sop_instance_uid
     known = {"study_ref": refs[0], "sop_instance_uid": uid, "kind": "DiagnosticReport", "ref": f"{refs[0]}-1"}
+    room = Room(made)
+    known["digest"] = room.shadowed("2")
+    room.read_beside(known["digest"], refs[3], Says("4B"), Says("4A"))
     try:
-        yield made, {"Authorization": f"Bearer {secret}"}, known
+        yield room, {"Authorization": f"Bearer {secret}"}, known
     finally:
         made.close()
 
