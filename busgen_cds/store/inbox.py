@@ -220,7 +220,7 @@ class Inbox:
         self._lock_path = folder / "commit.lock"
         self._waiting: list[_Waiting] = []
         self._line = clerk.Line(folder)
-        self._leading = threading.Lock()
+        self._leading, self._joining = threading.Lock(), threading.Lock()
 
     # -- receiving -------------------------------------------------------------------------------------------------
 
@@ -515,10 +515,12 @@ class Inbox:
     def _commit_together(self, job: Job) -> Kept:
         """Without a clerk: whoever comes first commits for all of this process that wait by then."""
         mine = _Waiting(job)
-        self._waiting.append(mine)
+        with self._joining:
+            self._waiting.append(mine)
         with self._leading:
             if mine.kept is None and mine.failed is None:
-                batch, self._waiting = self._waiting, []
+                with self._joining:
+                    batch, self._waiting = self._waiting, []
                 self._lead(batch)
         if mine.failed is not None:
             raise mine.failed

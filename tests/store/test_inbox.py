@@ -6,12 +6,14 @@ import hashlib
 import os
 import secrets
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from busgen_cds.arrival import Arrival, NoRoom, Peek
+from busgen_cds.arrival import Arrival, Kept, NoRoom, Peek
 from busgen_cds.errors import Shredded, Untrusted
 from busgen_cds.store import audit, database, rotation, vault
 from busgen_cds.store.database import Database
@@ -81,6 +83,31 @@ def test_many_at_once_are_each_kept_once(inbox: Inbox, opened: Database) -> None
     (study,) = inbox.studies()
     assert study.instances == 5 and audit.verify(opened).sound
     assert len(_files(inbox)) == 5
+
+
+def test_nobody_who_waits_is_left_out(inbox: Inbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever joins while another takes those who wait is committed with them, or with the next."""
+    inbox._waiting = _Slow()
+    monkeypatch.setattr(inbox, "_commit_rows", lambda jobs: [Kept("new", "study", "instance") for _ in jobs])
+    kept: list[Kept] = []
+    threads = [threading.Thread(target=lambda: kept.append(inbox._commit_together(_ANY))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.1)
+    for thread in threads:
+        thread.join()
+    assert len(kept) == 2
+
+
+_ANY: Any = object()
+
+
+class _Slow(list[Any]):
+    """It takes a while until somebody who joins is in it."""
+
+    def append(self, one: Any) -> None:
+        time.sleep(0.3)
+        super().append(one)
 
 
 def test_nothing_plain_is_on_the_disk(tmp_path: Path, inbox: Inbox, opened: Database) -> None:
