@@ -40,6 +40,7 @@ class Pacs:
         self.classes: dict[str, str] = {}  # SOP Instance UID → SOP class UID
         self.refuses: set[str] = set()  # SOP class UIDs
         self.full = False
+        self.says: dict[str, int] = {}  # SOP class UID → the status it answers with, without keeping the object
         self.knows: list[str] = []  # calling AE titles; empty: everybody
         self.patients: dict[str, str] = {}  # Study Instance UID → patient id
         self.counts: dict[str, int] = {}  # Study Instance UID → ultrasound images it says it holds
@@ -108,6 +109,8 @@ class Pacs:
             return 0xA700
         if event.request.AffectedSOPClassUID in self.refuses:
             return 0xA900
+        if event.request.AffectedSOPClassUID in self.says:
+            return self.says[event.request.AffectedSOPClassUID]
         uid, encoded = str(event.request.AffectedSOPInstanceUID), event.encoded_dataset()
         header = pydicom.dcmread(io.BytesIO(encoded), specific_tags=["StudyInstanceUID"], stop_before_pixels=True)
         with self._lock:

@@ -184,7 +184,9 @@ def _made() -> Iterator[str]:
     yield from _table(("kind", "SOP class", "UID", "modality", "series"), rows)
     yield ""
     yield from _prose(
-        "No answer, and `0xa7xx` (out of resources), are tried again with growing delay. Refused for good:"
+        f"No answer, `0xa7xx` (out of resources) and `{outbox.PROCESSING_FAILURE:#06x}` (processing failure) are tried "
+        f"again with growing delay; `{outbox.KNOWN_ALREADY:#06x}` (duplicate instance) is taken as stored. Refused for "
+        "good:"
     )
     yield ""
     yield from _table(

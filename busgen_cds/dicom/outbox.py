@@ -11,6 +11,7 @@ Rules:
 
 from __future__ import annotations
 
+import http.client
 import io
 import json
 import logging
@@ -49,8 +50,6 @@ logging.getLogger("pynetdicom").setLevel(logging.CRITICAL)  # what it would say,
 
 FIND = StudyRootQueryRetrieveInformationModelFind
 REQUEST_COMMITMENT = 1  # PS3.4 J.3.2: action type
-ALL_COMMITTED = 1  # PS3.4 J.3.3: event types
-SOME_FAILED = 2
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,6 @@ class Instance(NamedTuple):
 
 # PS3.4 B.2.3 and PS3.7 annex C: what a C-STORE status means for an operator.
 REFUSALS = {
-    0x0110: "processing failure",
     0x0117: "invalid object instance",
     0x0122: "SOP class not supported",
     0x0124: "not authorised",
@@ -118,6 +116,7 @@ REFUSALS = {
     0xA900: "data set does not match its SOP class",
     0xC000: "cannot be understood",
 }
+PROCESSING_FAILURE, KNOWN_ALREADY = 0x0110, 0x0111  # to be tried again; stored
 _WARNINGS = {0x0001, 0x0107, 0x0116, 0xB000, 0xB006, 0xB007}
 
 
@@ -132,8 +131,16 @@ def send(objects: Sequence[Sendable], to: Node) -> Iterator[Sent]:
 def _store(objects: Sequence[Sendable], to: Node) -> Iterator[Sent]:
     try:
         with _association(to, _storage_contexts(objects)) as association:
+            failed: _Failed | None = None
             for number, each in enumerate(objects, 1):
-                yield _store_one(association, each, number, to)
+                try:
+                    sent = _store_one(association, each, number, to)
+                except _Failed as this:  # it stops no other
+                    failed = this
+                else:
+                    yield sent
+            if failed is not None:
+                raise failed
     except _NothingAccepted:
         for each in objects:
             yield Sent(each.sop_instance_uid, False, "SOP class not supported: no presentation context accepted")
@@ -150,8 +157,10 @@ def _store_one(association: Association, each: Sendable, number: int, to: Node) 
     status = answer.get("Status") if answer else None
     if status is None:
         raise Transient(f"{to} did not answer a C-STORE within {to.timeout_seconds:g} s.")
-    if status == 0 or status in _WARNINGS:
+    if status == 0 or status == KNOWN_ALREADY or status in _WARNINGS:
         return Sent(each.sop_instance_uid, True)
+    if status == PROCESSING_FAILURE:
+        raise _Failed(f"{to} failed while it stored an object (0x{status:04X}).")
     if 0xA700 <= status <= 0xA7FF:
         raise Transient(f"{to} is out of resources (0x{status:04X}).")
     return Sent(each.sop_instance_uid, False, f"{_refusal(status)} (0x{status:04X})")
@@ -207,12 +216,22 @@ def _post(each: Sendable, to: Node) -> tuple[int, bytes]:
         with urllib.request.urlopen(request, timeout=to.timeout_seconds, context=context) as answer:
             return int(answer.status), bytes(answer.read())
     except urllib.error.HTTPError as answer:
-        return answer.code, answer.read()
-    except (urllib.error.URLError, TimeoutError, ConnectionError) as gone:
+        return answer.code, _rest(answer)
+    except (OSError, http.client.HTTPException) as gone:
         reason = getattr(gone, "reason", gone)
         if isinstance(reason, ssl.SSLCertVerificationError):
             raise Misconfigured(f"The certificate of {to} does not hold: {reason.verify_message}.") from gone
+        if isinstance(gone, http.client.HTTPException) and not isinstance(gone, ConnectionError):
+            raise Transient(f"{to} broke off its answer ({type(gone).__name__}).") from gone
         raise Transient(f"{to} cannot be reached: {reason}.") from gone
+
+
+def _rest(answer: urllib.error.HTTPError) -> bytes:
+    """The status says enough when the explanation breaks off."""
+    try:
+        return answer.read()
+    except (OSError, http.client.HTTPException):
+        return b""
 
 
 def _stow_failure(body: bytes) -> str:
@@ -380,6 +399,10 @@ def echo(node: Node) -> float:
 
 
 # ---- Associations
+
+
+class _Failed(Transient):
+    """A PACS failed at one object, and may take it later."""
 
 
 class _NothingAccepted(Exception):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import ipaddress
+import socket
 import ssl
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -21,6 +24,7 @@ from pynetdicom.dimse import DIMSEServiceProvider
 from busgen_cds.dicom import files, outbox, reactor
 from busgen_cds.dicom.outbox import Node, Tls
 from busgen_cds.errors import Misconfigured, Transient
+from tests import images
 from tests.hospital import a_lesion
 from tests.pacs import Pacs
 
@@ -55,6 +59,47 @@ def test_no_answer_is_lost_on_a_busy_machine(pacs: Pacs, monkeypatch: pytest.Mon
     file = files.open_file(a_lesion(1)[0])
     sent = list(outbox.send([file] * 10, to=replace(pacs.node, timeout_seconds=3)))
     assert [each.stored for each in sent] == [True] * 10
+
+
+def test_a_failure_of_the_pacs_is_no_refusal(pacs: Pacs) -> None:
+    """A PACS that fails at one object takes the others, and gets that one again; one that has it already is content."""
+    pacs.comes_up()
+    failing, good = files.open_file(a_lesion(1)[0]), files.open_file(images.breast_image(number=2, cine=2))
+    pacs.says[failing.sop_class_uid] = 0x0110
+    sending = outbox.send([failing, good], to=pacs.node)
+    assert next(sending) == (good.sop_instance_uid, True, "")
+    with pytest.raises(Transient, match="0x0110"):
+        next(sending)
+    pacs.says[failing.sop_class_uid] = 0x0111
+    assert [each.stored for each in outbox.send([failing, good], to=pacs.node)] == [True, True]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n{}",
+        b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 500\r\n\r\nx",
+        b"garbage\r\n\r\n",
+        b"",
+    ],
+)
+def test_a_pacs_on_the_web_that_breaks_off(answer: bytes) -> None:
+    """A PACS that breaks off its answer over the web is Transient: the object is sent again."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        threading.Thread(target=_answers, args=(listening, answer), daemon=True).start()
+        node = Node("web", url=f"http://127.0.0.1:{listening.getsockname()[1]}", timeout_seconds=5)
+        with pytest.raises(Transient):
+            list(outbox.send([files.open_file(a_lesion(1)[0])], to=node))
+
+
+def _answers(listening: socket.socket, answer: bytes) -> None:
+    connection, _ = listening.accept()
+    connection.settimeout(0.5)
+    with contextlib.suppress(TimeoutError):
+        while connection.recv(1 << 16):
+            pass
+    connection.sendall(answer)
+    connection.close()
 
 
 def _let_it_dawdle(monkeypatch: pytest.MonkeyPatch) -> None:
