@@ -412,9 +412,8 @@ class Association:
         self._report(context, report)
 
     def _commitment_request(self, raw: bytes, transfer_syntax: str) -> CommitmentRequest:
-        implicit = transfer_syntax == uids.ImplicitVRLittleEndian
         asked = _read(raw, transfer_syntax)
-        if not asked or (implicit and not raw):
+        if not asked:
             raise ValueError("nothing is asked")
         return CommitmentRequest(
             self._calling,
