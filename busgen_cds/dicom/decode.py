@@ -37,7 +37,7 @@ from pydicom.uid import (
 
 MAX_BYTES = 1 << 30  # of one instance: a cine of some 400 uncompressed colour frames of 1024 x 768
 MAX_SIDE = 8192
-MAX_PIXELS = 16 << 20  # of one frame: no ultrasound screen comes near
+MAX_PIXELS = 9 << 20  # of one frame: a 4K screen, and what a decoder takes for it (16 bytes a pixel) stays below 200 MB
 MIN_SIDE = 32
 MAX_FRAMES = 20_000
 MAX_TILES = 4096

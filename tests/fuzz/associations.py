@@ -32,24 +32,24 @@ _ROOT = Path(__file__).parents[2]
 _BAD_WORDS = ("Traceback", "ended unasked", "could not be told", "could not be kept", "could not be committed")
 
 
-def run(count: int, seed: int, findings: Path | None = None) -> Report:
-    report, began = Report("associations", seed, count), time.monotonic()
+def run(count: int, seed: int, findings: Path | None = None, first: int = 0) -> Report:
+    report, began = Report("associations", seed, count - first), time.monotonic()
     with tempfile.TemporaryDirectory(prefix="busgen-fuzz-") as base:
-        with _listener(Path(base)) as target:
-            _attack(target, report, count, seed, findings)
+        with _listener(Path(base)) as target, contextlib.suppress(KeyboardInterrupt):
+            _attack(target, report, range(first, count), seed, findings)
         report.outside += (Path(base) / "outside.txt").read_text().splitlines()
         report.outside += [f"left elsewhere: {each}" for each in watch.files_under(Path(base) / "elsewhere")]
     report.seconds = round(time.monotonic() - began, 1)
     return report
 
 
-def _attack(target: _Target, report: Report, count: int, seed: int, findings: Path | None) -> None:
+def _attack(target: _Target, report: Report, numbers: range, seed: int, findings: Path | None) -> None:
     seeds.own()
-    bar = Bar(count)
-    for number in range(count):
+    bar = Bar(len(numbers))
+    for number in numbers:
         if number % GOOD_EVERY == 0:
             target.good_sender(number, report)
-            target.look(report, number, is_warm=number >= GOOD_EVERY)
+            target.look(report, number, is_warm=number - numbers.start >= GOOD_EVERY)
         outcome, seconds = target.hears(talk.made(seed, number))
         report.slowest = max(report.slowest, round(seconds, 2))
         if outcome == "late" and target.hears(talk.made(seed, number))[0] == "late":  # the machine may be busy once
@@ -58,8 +58,8 @@ def _attack(target: _Target, report: Report, count: int, seed: int, findings: Pa
         report.count(outcome)
         report.done += 1
         bar.at(report.done)
-    target.good_sender(count, report)
-    target.look(report, count, is_warm=True)
+    target.good_sender(numbers.stop, report)
+    target.look(report, numbers.stop, is_warm=True)
 
 
 def _described(seed: int, number: int, what: str) -> str:

@@ -14,6 +14,7 @@ import shutil
 import signal
 import tempfile
 import time
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -39,13 +40,17 @@ def made(seed: int, number: int) -> Mutated:
     return mutate.mutated(dice.choice(every), every, dice)
 
 
-def run(count: int, seed: int, findings: Path | None = None) -> Report:
-    """All of them, in processes one after the other: a new one only after a crash or a hang."""
-    report, began = Report("objects", seed, count), time.monotonic()
+def run(count: int, seed: int, findings: Path | None = None, first: int = 0) -> Report:
+    """All of them, in processes one after the other: a new one only after a crash or a hang.
+
+    Interrupted, it reports what was done by then; `first` goes on from there.
+    """
+    report, began = Report("objects", seed, count - first), time.monotonic()
     with tempfile.TemporaryDirectory(prefix="busgen-fuzz-") as base:
-        store, bar, at = Path(base) / "store", Bar(count), 0
-        while at < count:
-            at = _Watched(store, seed, at, count, report, bar, findings).run()
+        store, bar, at = Path(base) / "store", Bar(count - first), first
+        with suppress(KeyboardInterrupt):
+            while at < count:
+                at = _Watched(store, seed, at, count, report, bar, findings).run()
         report.outside += [f"left in the base folder: {each}" for each in watch.files_here(Path(base)) - {"store"}]
         shutil.rmtree(store, ignore_errors=True)
     report.seconds = round(time.monotonic() - began, 1)
@@ -150,6 +155,7 @@ class _Watched:
 
 
 def _work(line: Connection, at: Any, store: Path, seed: int, first: int, count: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # who watches decides when it is over
     seeds.all_of_them()
     database, inbox = reception.open_store(store)
     watch.only_writes_in(store, lambda what: line.send(("outside", what)))

@@ -102,3 +102,21 @@ def test_every_seed_is_good() -> None:
     for seed in seeds.all_of_them():
         assert "whole" in objects.attack(mutate.unaltered(seed), random.Random(0), None), seed.name
     assert len(seeds.own()) >= 20
+
+
+def test_a_picture_of_sixteen_megapixels() -> None:
+    """A frame beyond a 4K screen is not decoded: JPEG 2000 takes 12 bytes a pixel for colour alone."""
+    from busgen_cds.dicom import decode
+
+    seed = next(each for each in seeds.own() if each.name.startswith("own rgb JPEG 2000"))
+    data = bytearray(seed.meta + seed.data)
+    places = [data.index(struct.pack("<HH2sH", 0x0028, element, b"US", 2)) + 8 for element in (0x0010, 0x0011)]
+    for (rows, columns), is_read in (((4096, 4096), False), ((2160, 3840), True)):
+        for at, number in zip(places, (rows, columns), strict=True):
+            data[at : at + 2] = struct.pack("<H", number)
+        opened = decode.open_file(bytes(data))
+        if is_read:
+            assert decode.shape(opened).columns == columns
+        else:
+            with pytest.raises(decode.Unreadable, match="outside what is read"):
+                decode.shape(opened)
