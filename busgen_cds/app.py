@@ -265,7 +265,8 @@ def receiving_desk(chosen: Settings) -> ReceivingDesk:
 
     def noted(what: Noted) -> None:
         with site.database.transaction() as session:
-            audit.record(session, audit.Act(what.kind, what.who, what.what, detail={"address": what.address}))
+            detail = {"address": what.address, "called": what.called}
+            audit.record(session, audit.Act(what.kind, what.who, what.what, detail=detail))
 
     return ReceivingDesk(
         receive=site.inbox.receive,

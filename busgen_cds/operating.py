@@ -13,13 +13,15 @@ from busgen_cds import summary
 from busgen_cds.app import Site
 from busgen_cds.errors import Misconfigured
 from busgen_cds.flows import queue as waiting
+from busgen_cds.store import refusals
 from busgen_cds.study import NotForUs
 
 
 def queue(site: Site) -> list[dict[str, Any]]:
     """What waits and what is stuck, stuck first."""
     now = datetime.now(UTC)
-    return [dataclasses.asdict(item) for item in waiting.items(site.inbox, site.results, site.jobs, now=now)]
+    found = waiting.items(site.inbox, site.results, site.jobs, now=now, refused=refusals.lately(site.database, now))
+    return [dataclasses.asdict(item) for item in found]
 
 
 def document(site: Site, result_ref: str) -> dict[str, Any]:

@@ -13,7 +13,9 @@ from __future__ import annotations
 import io
 import logging
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import threading
+import time
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from ipaddress import ip_address, ip_network
 from typing import Literal, NamedTuple, Protocol
@@ -117,6 +119,7 @@ class Noted:
     who: str
     what: str
     address: str
+    called: str = ""  # by which title it called us
 
 
 @dataclass(frozen=True)
@@ -210,6 +213,28 @@ def _within(address: str, networks: Sequence[str]) -> bool:
     return any(here in ip_network(network) for network in networks)
 
 
+class _Seldom:
+    """Lets the same thing through once a while."""
+
+    def __init__(self, seconds: float, most: int = 1000) -> None:
+        self._seconds, self._most = seconds, most
+        self._seen: dict[Hashable, float] = {}
+        self._lock = threading.Lock()
+
+    def take(self, what: Hashable) -> bool:
+        now = time.monotonic()
+        with self._lock:
+            if now - self._seen.get(what, -self._seconds) < self._seconds:
+                return False
+            if len(self._seen) >= self._most:
+                self._seen.clear()
+            self._seen[what] = now
+        return True
+
+
+_LOGGED = _Seldom(60)
+
+
 class Association:
     """From the first word of a peer to its last."""
 
@@ -244,10 +269,13 @@ class Association:
 
     def _refuse(self, why: str, how: tuple[int, int, int]) -> None:
         self._note("association refused", why)
+        if _LOGGED.take((self._caller.address, self._calling, self._called, why)):
+            names = (self._calling, self._called, self._caller.address)
+            log.warning("Refused %r, who called %r from %s: %s; `busgen-cds queue` says what to do", *names, why)
         self._wire.reject(how)
 
     def _note(self, kind: str, what: str) -> None:
-        self._desk.noted(Noted(kind, self._calling, what, self._caller.address))
+        self._desk.noted(Noted(kind, self._calling, what, self._caller.address, self._called))
 
     def _converse(self, request: Request) -> None:
         answers = negotiate(request.contexts)

@@ -1,22 +1,26 @@
 """What waits and what is stuck, with the reason and the verb that takes it on: the same list for command line and page.
 
 Rules:
-- Whatever was received and has not reached its end is in this list; nothing else is.
+- Whatever was received and has not reached its end is in this list, and who was refused at the door lately.
 - Stuck means that it will not go on by itself. Every stuck entry has a reason that an operator can act on.
+- A study that was received and is not being read long after its last image is stuck, whatever the cause.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Literal
 
 from busgen_cds.store.inbox import Inbox, Quarantined
 from busgen_cds.store.jobs import Jobs
+from busgen_cds.store.refusals import Refused
 from busgen_cds.store.results import Results
 
-What = Literal["engine", "study", "delivery", "object", "instance", "result"]
+What = Literal["engine", "study", "delivery", "object", "instance", "result", "association"]
 Verb = Literal["", "retry", "release", "resume"]
+UNREAD = timedelta(minutes=10)  # after its last image; the longest that an image is waited for is a minute
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class Item:
     next_try_at: datetime | None = None
 
 
-def items(inbox: Inbox, results: Results, jobs: Jobs, *, now: datetime) -> list[Item]:
+def items(inbox: Inbox, results: Results, jobs: Jobs, *, now: datetime, refused: Iterable[Refused] = ()) -> list[Item]:
     """Stuck first (the engine before all), then what waits, each oldest first."""
     found = [
         *_engine(jobs),
@@ -42,6 +46,7 @@ def items(inbox: Inbox, results: Results, jobs: Jobs, *, now: datetime) -> list[
         *_objects(results),
         *_instances(inbox),
         *_alarms(results),
+        *(Item("association", "", "refused", each.sentence(), each.last_at, True) for each in refused),
     ]
     return sorted(found, key=lambda item: (not item.stuck, item.what != "engine", item.since or now))
 

@@ -14,7 +14,7 @@ from starlette.responses import RedirectResponse, Response, StreamingResponse
 
 from busgen_cds import signing
 from busgen_cds.errors import Misconfigured, Transient, Untrusted
-from busgen_cds.store import audit
+from busgen_cds.store import audit, refusals
 from busgen_cds.store.audit import Act, ActRow
 from busgen_cds.store.database import table_of
 from busgen_cds.store.inbox import QuarantineTable
@@ -94,6 +94,7 @@ def operation(front: Front) -> dict[str, Any]:
         "sent": histogram([sent for _, _, sent in times if sent is not None]),
         "sent_figures": figures([sent for _, _, sent in times if sent is not None]),
         "quarantine": quarantined(front),
+        "refused": [each.sentence() for each in refusals.lately(front.site.database, now)],
         "alarms": front.results.alarms(limit=20),
     }
 
