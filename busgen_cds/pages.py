@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import secrets
 from collections.abc import Callable
@@ -52,8 +53,22 @@ def of(site: Site, first_code: str = "") -> FastAPI:
             first_code=first_code,
             secure=chosen.web.secure,
             provider=_provider(chosen, site),
+            studio=_studio(chosen),
         )
     )
+
+
+def _studio(chosen: Settings) -> Callable[[], web.Studio] | None:
+    """Opens what makes images, where the training packages are installed."""
+    if importlib.util.find_spec("torch") is None:
+        return None
+
+    def opened() -> web.Studio:
+        from busgen_cds.learning.studio import Studio
+
+        return Studio(chosen.path(chosen.models.generator)) if chosen.models.generator else Studio()
+
+    return opened
 
 
 def _provider(chosen: Settings, site: Site) -> web.Provider | None:

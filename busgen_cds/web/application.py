@@ -27,6 +27,7 @@ from busgen_cds.web import (
     auth,
     entry,
     fhir,
+    laboratory,
     live,
     machine,
     management,
@@ -41,7 +42,8 @@ from busgen_cds.web.site import NOT_A_DIAGNOSIS, Site
 
 log = logging.getLogger("busgen_cds.web")
 STATIC = Path(__file__).parent / "static"
-PAGES = (entry, worklist, reading, management, models, live, machine)  # what is not in the API's description
+# What is not in the API's description
+PAGES = (entry, worklist, reading, management, models, laboratory, live, machine)
 
 _DESCRIPTION = f"""{NOT_A_DIAGNOSIS}. Clinical decision support for breast ultrasound.
 

@@ -23,6 +23,7 @@ from busgen_cds.store.jobs import Jobs
 from busgen_cds.store.people import People, Person
 from busgen_cds.store.results import Results
 from busgen_cds.store.worklist import Row, Worklist
+from busgen_cds.web.bench import Bench
 from busgen_cds.web.site import LiveBundle, Site
 
 LOG_INS_PER_MINUTE = 30
@@ -60,6 +61,7 @@ class Front:
         self.worklist = Worklist(site.database, site.vault)
         self.log_ins, self.calls = Limit(LOG_INS_PER_MINUTE), Limit(CALLS_PER_MINUTE)
         self.passphrases = Limit(PASSPHRASES_PER_MINUTE)
+        self.bench = Bench(site.studio) if site.studio else None
         self._looks: OrderedDict[tuple[str, str, int], float] = OrderedDict()
         self._lock = threading.Lock()
 

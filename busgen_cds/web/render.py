@@ -15,12 +15,14 @@ from starlette.responses import HTMLResponse
 
 from busgen_cds.store.people import Person
 from busgen_cds.web import auth
+from busgen_cds.web.front import Front
 from busgen_cds.web.site import NOT_A_DIAGNOSIS
 
 _NAVIGATION = (
     ("/worklist", "Worklist", "studies.read"),
     ("/operations", "Operations", "operations.read"),
     ("/models", "Models", "models.read"),
+    ("/laboratory", "Laboratory", "models.read"),
     ("/audit", "Audit", "audit.read"),
     ("/people", "People", "people.manage"),
 )
@@ -99,6 +101,10 @@ _environment.filters.update(percent=percent, span=span, local=local, moment=mome
 _environment.globals.update(chip=chip, not_a_diagnosis=NOT_A_DIAGNOSIS)
 
 
+def _navigation(front: Front) -> list[tuple[str, str, str]]:
+    return [each for each in _NAVIGATION if each[0] != "/laboratory" or front.bench]
+
+
 def page(request: Request, template: str, values: Mapping[str, Any] | None = None, status: int = 200) -> HTMLResponse:
     front = auth.front_of(request)
     person: Person | None = getattr(request.state, "person", None)
@@ -106,7 +112,7 @@ def page(request: Request, template: str, values: Mapping[str, Any] | None = Non
         "site": front.site,
         "bundle": front.bundle(),
         "person": person,
-        "navigation": [(path, name) for path, name, right in _NAVIGATION if person and right in person.rights],
+        "navigation": [(path, name) for path, name, right in _navigation(front) if person and right in person.rights],
         "here": request.url.path,
         "now": front.site.clock(),
     }

@@ -22,6 +22,7 @@ from busgen_cds.store.shadow import Shadow
 from busgen_cds.store.shelf import Shelf, Shelved, Standing
 from busgen_cds.store.vault import Vault
 from busgen_cds.study import Source, Spacing
+from busgen_cds.web.bench import Studio
 from busgen_cds.web.oidc import Provider
 
 NOT_A_DIAGNOSIS = "Research software, not a diagnosis"
@@ -95,6 +96,7 @@ class Site:
     viewer: str = ""  # a link to the site's viewer; {study_uid} and {series_uid} are filled in
     first_code: str = ""  # who knows it may make the first account; empty: only the command line may
     provider: Provider | None = None  # who vouches for people; local accounts work beside it
+    studio: Callable[[], Studio] | None = None  # opens what makes images; None: no training packages here
     secure: bool = False  # pages are reached by https: cookies travel by nothing else
     clock: Callable[[], datetime] = lambda: datetime.now(UTC)
     version: str = __version__
