@@ -105,7 +105,9 @@ def adapt_site(run: str, anyway: bool) -> str:
     for stage in (_adapter, _images, _privacy, _members, _candidate, _verdict):
         if stage(run) != "done":
             return _give_up(run)
-    return _shelve(run)
+    if _shelf(run) != "done":
+        return _give_up(run)
+    return _clear_away(run)
 
 
 @DBOS.step(name="plan")
@@ -127,8 +129,10 @@ def _plan(run: str, anyway: bool) -> str:
     of = signing.digest(signing.canonical(sorted(each.sha256 for each in every)))
     plan = {"on": stations.clock().date().isoformat(), "of": of, "cases": len(teach), "new": len(new)}
     (partial / PLAN).write_text(json.dumps(plan), encoding="utf-8")
+    if not stations.book.begin(run, teach, again=anyway):
+        shutil.rmtree(partial)
+        return "another night is under way, or has just ended"
     partial.rename(folder)
-    stations.book.begin(run, teach)
     return "planned"
 
 
@@ -164,23 +168,27 @@ _candidate = _stage("candidate", _make)
 _verdict = _stage("verdict", lambda stations, folder: stations.recipes.verdict(folder))
 
 
-@DBOS.step(name="shelf")
-def _shelve(run: str) -> str:
-    """The candidate is put there, or kept as refused; the run's pixels go."""
-    stations, folder = _now(), _now().folder / run
-    ended = next((each for each in stations.book.adaptations() if each.ref == run and each.outcome), None)
-    if ended is None:
-        made, judged, plan = _make(stations, folder), stations.recipes.verdict(folder), _planned(folder)
-        night = {"title": "The night", "rows": [["cases", str(plan["cases"])], ["new", str(plan["new"])]]}
-        report = {"tables": [*judged.tables, night]}
-        if judged.reasons:
-            stations.shelf.refuse(made, reasons=judged.reasons, report=report)
-        else:
-            stations.shelf.put(made, report=report, signer=stations.signer)
-        outcome = "refused" if judged.reasons else "shelved"
-        stations.book.end(run, outcome, digest=made.digest, reason="; ".join(judged.reasons))
-        ended = next(each for each in stations.book.adaptations() if each.ref == run)
-    shutil.rmtree(folder, ignore_errors=True)
+def _shelve(stations: Stations, folder: Path) -> None:
+    """The candidate is put there, or kept as refused; doing it again changes nothing."""
+    made, judged, plan = _make(stations, folder), stations.recipes.verdict(folder), _planned(folder)
+    night = {"title": "The night", "rows": [["cases", str(plan["cases"])], ["new", str(plan["new"])]]}
+    report = {"tables": [*judged.tables, night]}
+    if judged.reasons:
+        stations.shelf.refuse(made, reasons=judged.reasons, report=report)
+    else:
+        stations.shelf.put(made, report=report, signer=stations.signer)
+    outcome = "refused" if judged.reasons else "shelved"
+    stations.book.end(folder.name, outcome, digest=made.digest, reason="; ".join(judged.reasons))
+
+
+_shelf = _stage("shelf", _shelve)
+
+
+@DBOS.step(name="clear away")
+def _clear_away(run: str) -> str:
+    """The run's pixels go; what became of it stands in the casebook."""
+    shutil.rmtree(_now().folder / run, ignore_errors=True)
+    ended = next(each for each in _now().book.adaptations() if each.ref == run)
     return f"{ended.outcome} {ended.digest}"
 
 
@@ -228,10 +236,11 @@ def run(*, anyway: bool = False) -> str:
 
 
 def every(cron: str) -> None:
-    """At these times of a cron line, until the process ends; a night that was missed is left out."""
+    """At these times of a cron line, or, where it is empty, never; a night that was missed is left out."""
     if DBOS.get_schedule(NIGHTLY) is not None:
         DBOS.delete_schedule(NIGHTLY)
-    DBOS.create_schedule(schedule_name=NIGHTLY, workflow_fn=night, schedule=cron)
+    if cron:
+        DBOS.create_schedule(schedule_name=NIGHTLY, workflow_fn=night, schedule=cron)
 
 
 @DBOS.workflow(name="night", max_recovery_attempts=20)
@@ -249,11 +258,12 @@ class Words(desk.Words):
     """As the worker's, and the time at which a night was due."""
 
     def serialize(self, data: Any) -> str:
-        return super().serialize(json.loads(json.dumps(data, default=str)) if isinstance(data, dict) else data)
+        return super().serialize(data) if isinstance(data, BaseException) else json.dumps(data, default=str)
 
 
-def end() -> None:
-    DBOS.destroy()
+def end(wait: int = 0) -> None:
+    """What is under way after so many seconds is taken up again by the next launch."""
+    DBOS.destroy(workflow_completion_timeout_sec=wait)
     use(None)
 
 

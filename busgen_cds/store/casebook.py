@@ -16,7 +16,7 @@ import io
 import secrets
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -33,6 +33,7 @@ from busgen_cds.store.results import ResultTable
 from busgen_cds.store.vault import Vault
 
 Part = Literal["teach", "test"]
+GIVEN_UP = timedelta(days=2)  # a run that has not ended by then stands in nobody's way
 TEST_SHARE = 0.3  # of patients, for ever: another share would move patients from one side to the other
 
 
@@ -300,15 +301,21 @@ class Casebook:
 
     # -- what was learnt ---------------------------------------------------------------------------------------------
 
-    def begin(self, ref: str, cases: Collection[Listed]) -> None:
-        """Once for a run, however often it is taken up again."""
-        newest = max(each.made_at for each in cases)
+    def begin(self, ref: str, cases: Collection[Listed], *, again: bool = False) -> bool:
+        """Once for a run, however often it is taken up; False: another is under way, or has learnt from all of it."""
+        now, newest = self._clock(), max(each.made_at for each in cases)
         with self._database.transaction() as session:
-            if session.execute(sa.select(_adaptations.c.ref).where(_adaptations.c.ref == ref)).first():
-                return
-            values = {"ref": ref, "began_at": self._clock(), "cases": len(cases), "newest_case": newest}
+            open_ = (_adaptations.c.outcome == "") & (_adaptations.c.began_at > now - GIVEN_UP)
+            under_way = set(session.execute(sa.select(_adaptations.c.ref).where(open_)).scalars())
+            if under_way:
+                return ref in under_way
+            learnt = _adaptations.c.outcome.in_(("shelved", "refused")) & (_adaptations.c.newest_case >= newest)
+            if not again and session.execute(sa.select(_adaptations.c.ref).where(learnt)).first():
+                return False
+            values = {"ref": ref, "began_at": now, "cases": len(cases), "newest_case": newest}
             session.execute(sa.insert(_adaptations).values(values | {"outcome": "", "digest": "", "reason": ""}))
             audit.record(session, audit.Act("adaptation began", "night", detail={"run": ref, "cases": len(cases)}))
+        return True
 
     def end(self, ref: str, outcome: str, *, digest: str = "", reason: str = "") -> None:
         values = {"ended_at": self._clock(), "outcome": outcome, "digest": digest, "reason": reason}

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,21 @@ def test_a_stage_that_fails_ends_the_night_with_its_reason(ward: Ward) -> None:
     (run,) = ward.book.adaptations()
     assert run.reason.startswith("members: A fault of ours") and "a name" not in run.reason
     assert ward.night(laboratory()).startswith("shelved")
+
+
+def test_nights_come_at_their_time(ward: Ward) -> None:
+    """At the times of a cron line a night runs by itself, once for each."""
+    adapt_site.launch(ward.stations(laboratory()), f"sqlite:///{ward.folder / 'workflows.sqlite'}")
+    try:
+        adapt_site.every("* * * * * *")
+        until = time.monotonic() + 120
+        while not ward.shelf.listing() and time.monotonic() < until:
+            time.sleep(0.2)
+        adapt_site.every("")
+    finally:
+        adapt_site.end(wait=60)
+    assert [each.state for each in ward.shelf.listing()] == ["shelved"]
+    assert len(ward.book.adaptations()) == 1  # the next seconds found no new cases, or this night under way
 
 
 @pytest.mark.slow
