@@ -194,6 +194,9 @@ class Desk:
         if job is not None:
             self.read(study_ref, job.evidence_digest)
             taken.append("reading")
+        elif study_ref in self.results.unread(settled_before=datetime.now(UTC)) and self.jobs.of(study_ref) is None:
+            self.arrived(study_ref, 0.0)
+            taken.append("reading")
         for delivery in self.results.retry(study_ref, who=who):
             self.deliver(delivery)
             taken.append(f"delivery to {delivery.destination}")

@@ -4,6 +4,7 @@ Rules:
 - Whatever was received and has not reached its end is in this list, and who was refused at the door lately.
 - Stuck means that it will not go on by itself. Every stuck entry has a reason that an operator can act on.
 - A study that was received and is not being read long after its last image is stuck, whatever the cause.
+- A study that was received and is not being read long after its last image is stuck, whatever the cause.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from busgen_cds.store.results import Results
 
 What = Literal["engine", "study", "delivery", "object", "instance", "result", "association"]
 Verb = Literal["", "retry", "release", "resume"]
+UNREAD = timedelta(minutes=10)  # after its last image; the longest that an image is waited for is a minute
 UNREAD = timedelta(minutes=10)  # after its last image; the longest that an image is waited for is a minute
 
 
@@ -79,7 +81,14 @@ def _studies(inbox: Inbox, results: Results, jobs: Jobs, now: datetime) -> list[
             )
             known.add(job.study_ref)
     unread = [ref for ref in results.unread(settled_before=now) if ref not in known]
-    return rows + [Item("study", ref, "receiving", "", None, False) for ref in unread]
+    late = set(results.unread(settled_before=now - UNREAD))
+    reason = "It was received and is not being read: look whether a worker runs and the engine goes, then retry."
+    return rows + [
+        Item("study", ref, "unread", reason, None, True, "retry")
+        if ref in late
+        else Item("study", ref, "receiving", "", None, False)
+        for ref in unread
+    ]
 
 
 def _deliveries(results: Results) -> list[Item]:

@@ -4,7 +4,7 @@ Rules:
 - A worker has a stable name, so that what it began is found again when it comes back, and the shape of the workflows
   is pinned, so that they are recovered into the steps they know.
 - At start, and every half minute, whatever was received and not read is put to work, and whatever is due and not on
-  its way is sent.
+  its way is sent. Half minutes look at the last days; each hour, and when a stopped engine goes on, at everything.
 - Each worker looks every second which bundle is live, and reads the next study with that one.
 - A bundle in shadow reads along here, when nothing else is to be read.
 - Each worker says in our own database that it is alive. A living one takes over the workflows of one that fell silent.
@@ -29,7 +29,7 @@ from busgen_cds.flows.shadow import Companion
 _FLOWS = (read_study.complete_study, read_study.read_study, deliver.deliver_result)  # registered by being imported
 _LATELY = timedelta(days=2)
 _KEPT = timedelta(days=30)  # ended workflows, longer than any delivery is tried
-_HOUSEKEEPING_SECONDS = 3600.0
+_HOUSEKEEPING_SECONDS = _THOROUGH_SECONDS = 3600.0
 
 
 class Worker:
@@ -49,6 +49,7 @@ class Worker:
         self._url, self._readings, self._deliveries = workflows_url, readings, deliveries
         self.desk = Desk(workflows_url, stations.results, stations.jobs, stations.waits)
         self._ending = threading.Event()
+        self._stopped = False  # the engine, as the last sweep saw it
         self._threads: list[threading.Thread] = []
 
     def start(self) -> None:
@@ -61,6 +62,7 @@ class Worker:
         self.sweep(thorough=True)
         self._repeat("live bundle", self.stations.waits.follow, self._follow)
         self._repeat("sweep", self.stations.waits.sweep, self.sweep)
+        self._repeat("thorough sweep", _THOROUGH_SECONDS, lambda: self.sweep(thorough=True))
         self._repeat("housekeeping", _HOUSEKEEPING_SECONDS, self._forget)
         if self.companion is not None:
             self._repeat("shadow", self.stations.waits.shadow, self._read_along)
@@ -110,8 +112,10 @@ class Worker:
             )
 
     def _sweep_readings(self, thorough: bool) -> int:
-        if self.stations.jobs.engine_stopped() is not None:
+        stopped_before, self._stopped = self._stopped, self.stations.jobs.engine_stopped() is not None
+        if self._stopped:
             return 0
+        thorough = thorough or stopped_before
         now, waits = self.stations.clock(), self.stations.waits
         patience = waits.silence + waits.sweep / 3 + (waits.count if self.stations.query_node else 0.0)
         settled = now if thorough else now - timedelta(seconds=patience)

@@ -278,6 +278,30 @@ def test_what_is_not_to_be_trusted_stops_the_engine(tmp_path: Path) -> None:
         assert it.reader.reads == [bad, good]
 
 
+def test_read_when_the_engine_goes_on_after_a_weekend(tmp_path: Path) -> None:
+    """What was received before an engine stood still for days is shown as stuck, and read when the engine goes on."""
+    with hospital.opened(tmp_path) as it:
+        it.site.jobs.stop_engine("The bundle's signature does not hold.")
+        study = it.scanner.sends(a_lesion(1))
+        it.stays_unread(study, seconds=1.5)
+        it.clock.passes(days=3)
+        assert [(item.what, item.state, item.verb) for item in waiting(it)] == [
+            ("engine", "stopped", "resume"), ("study", "unread", "retry"),
+        ]  # fmt: skip
+        it.desk.resume(who="operator")
+        it.settles()
+        assert it.reader.reads == [study]
+
+
+def test_an_unread_study_is_taken_up_by_a_person(tmp_path: Path) -> None:
+    """`retry` takes up a study that was received and that nobody reads."""
+    with hospital.opened(tmp_path, waits=hospital.quicker(sweep=600)) as it:
+        study = it.scanner_without_a_bell_sends(a_lesion(1))
+        assert it.desk.retry(it.ref(study), who="operator") == ["reading"]
+        it.settles()
+        assert it.reader.reads == [study]
+
+
 def test_the_engine_holds_references_and_words(tmp_path: Path) -> None:
     """Nothing in the workflow engine's database names a patient, a study or an image, and nothing there is code."""
     with hospital.opened(tmp_path) as it:
