@@ -164,6 +164,7 @@ class Study:
     frames: tuple[Frame, ...]
     not_analysed: tuple[NotAnalysed, ...] = ()
     received: tuple[tuple[str, str], ...] = ()  # (SOP Instance UID, SHA-256 as received) of every instance
+    ref: str = ""  # the site's own opaque reference, where it keeps the study
 
     @property
     def evidence_digest(self) -> str:

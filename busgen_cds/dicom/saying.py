@@ -2,8 +2,9 @@
 
 Rules:
 - The same Saying gives the same bytes: time is an argument, UIDs are derived, nothing is drawn by lot.
-- A UID comes from (study, evidence digest, bundle digest, kind, index, revision) and nothing else. Whoever
-  renders keeps the bytes: rendering again at another time would give the same UIDs another content.
+- A UID comes from (study, evidence digest, bundle digest, kind, index, revision) and nothing else; the study is named
+  by its UID and the site's reference, so that one received anew after it was shredded gets new UIDs. Whoever renders
+  keeps the bytes: rendering again at another time would give the same UIDs another content.
 - A number is spelled in one way, so that every object says the same.
 """
 
@@ -48,7 +49,8 @@ class Saying:
 
     def uid(self, *what: object) -> str:
         study, result = self.study, self.result
-        return derived_uid(study.uid, result.evidence_digest, result.bundle.digest, *what, result.revision)
+        named = (study.uid, study.ref) if study.ref else (study.uid,)
+        return derived_uid(*named, result.evidence_digest, result.bundle.digest, *what, result.revision)
 
     def series_number(self, kind: Kind) -> int:
         first, step = self.template.at(f"series.{kind}.number"), self.template.at("series.step")

@@ -51,6 +51,18 @@ def test_shredded_while_it_is_read(tmp_path: Path) -> None:
         assert not it.pacs.of(study)
 
 
+def test_received_again_after_it_was_shredded(tmp_path: Path) -> None:
+    """A study that comes again after it was shredded is read anew; no UID ever gets two contents at the PACS."""
+    with hospital.opened(tmp_path) as it:
+        study = it.scanner.sends(a_lesion(1))
+        it.settles()
+        _shred(it, it.ref(study))
+        it.scanner.sends(a_lesion(1))
+        it.settles()
+        assert it.parked(study) == ""
+        assert len(it.reports(study)) == 2 and it.pacs.twice() == []
+
+
 def _shred(it: Hospital, ref: str) -> None:
     assert Letting(it.site.inbox, it.site.database, it.site.vault).shred(ref, "operator", insist=True) == []
 
