@@ -594,7 +594,8 @@ class _Transfer:
 
 
 def part10_prefix(arrival: Arrival) -> bytes:
-    """Preamble and file meta group (PS3.10 7.1): the same for the same instance, whoever sends it."""
+    """Preamble and file meta group (PS3.10 7.1): the same for the same instance, whoever sends it, and whichever
+    version of ours takes it, or one that comes again would be taken for other content."""
     return _part10_head(arrival.transfer_syntax_uid, arrival.sop_class_uid, arrival.sop_instance_uid)
 
 
@@ -605,9 +606,8 @@ def _part10_head(transfer_syntax: str, sop_class: str = "", instance: str = "") 
         (0x0003, b"UI", instance),
         (0x0010, b"UI", transfer_syntax),
         (0x0012, b"UI", identity.IMPLEMENTATION_CLASS_UID),
-        (0x0013, b"SH", identity.IMPLEMENTATION_VERSION),
     ):
         raw = value.encode("latin-1", "replace")
-        raw += (b" " if vr == b"SH" else b"\0") * (len(raw) % 2)
+        raw += b"\0" * (len(raw) % 2)
         elements += struct.pack("<HH2sH", 2, number, vr, len(raw)) + raw
     return bytes(128) + b"DICM" + struct.pack("<HH2sHI", 2, 0, b"UL", 4, len(elements)) + elements

@@ -9,6 +9,7 @@ from pathlib import Path
 import pydicom
 import pytest
 
+from busgen_cds.dicom import identity
 from tests import hospital, images
 from tests.flows.test_read_study import waiting
 from tests.hospital import a_lesion
@@ -41,6 +42,17 @@ def test_other_content_under_a_known_uid_is_in_the_queue(tmp_path: Path) -> None
         assert [one.state for one in waiting(it)] == ["set aside"]
         assert it.reader.reads == [study]
         assert len(it.reports(study)) == 1
+
+
+def test_an_upgrade_makes_no_other_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An image that is sent again after the product was upgraded is the image that was kept."""
+    with hospital.opened(tmp_path) as it:
+        study = it.scanner.sends(a_lesion(1))
+        it.settles()
+        monkeypatch.setattr(identity, "IMPLEMENTATION_VERSION", "BUSGENCDS_9.9")
+        it.scanner.sends(a_lesion(1))
+        it.settles()
+        assert it.reader.reads == [study] and waiting(it) == []
 
 
 def test_what_is_received_reading_and_delivering(tmp_path: Path) -> None:
