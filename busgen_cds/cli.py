@@ -411,6 +411,8 @@ def queue(
     config: Config = HERE,
     retry: Annotated[str | None, typer.Option(help="Try a study's stuck work again, by its reference.")] = None,
     release: Annotated[str | None, typer.Option(help="Let a held study go on, by its reference.")] = None,
+    patient: Annotated[str, typer.Option(help="With --release: the patient id whose study it is.")] = "",
+    issuer: Annotated[str, typer.Option(help="With --patient: the issuer of that id.")] = "",
     resume: Annotated[bool, typer.Option("--resume", help="Let a stopped engine be used again.")] = False,
     who: Annotated[str, typer.Option(help="Who asks; it is recorded.")] = "operator",
     as_json: Json = False,
@@ -423,7 +425,10 @@ def queue(
         taken = site.desk.retry(retry, who=who)
         return out.print(f"Taken up again: {', '.join(taken) or 'nothing; it is not stuck'}.")
     if release:
-        site.desk.release(site.inbox, release, who=who)
+        from busgen_cds.study import Patient
+
+        stated = Patient(id=patient, issuer=issuer) if patient else None
+        site.desk.release(site.inbox, release, who=who, patient=stated)
         return out.print("The study goes on.")
     if resume:
         return out.print("The engine is used again." if site.desk.resume(who=who) else "It was not stopped.")

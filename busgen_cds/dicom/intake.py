@@ -45,6 +45,9 @@ from busgen_cds.study import (
 
 MAX_SAMPLED = 96  # frames of one clip, spread evenly
 MAX_HELD = 384 << 20  # bytes of grey frames in one study
+ANOTHER = "left out: it does not carry the patient id that a person stated for this study"
+NONE_OF_THEIRS = "No image under this study carries the patient id that was stated: state another, or delete the study."
+NOBODYS = Source("", "", "", 0, 0)  # so that no report refers to another patient's image
 COLOURED = "colour over the tissue: Doppler or elastography, not B-mode"
 
 Said = Frame | NotAnalysed
@@ -57,9 +60,10 @@ class _Owner(NamedTuple):
     scanner: Scanner
 
 
-def study(instances: Iterable[tuple[bytes, str]]) -> Study | NotForUs | Held:
-    """Whole files of one study, each with the SHA-256 of what was received."""
-    desk = _Desk()
+def study(instances: Iterable[tuple[bytes, str]], stated: Patient | None = None) -> Study | NotForUs | Held:
+    """Whole files of one study, each with the SHA-256 of what was received; `stated`: whose it is by a person's word,
+    after which only images that carry the same id are read."""
+    desk = _Desk(stated)
     for data, sha256 in instances:
         desk.take(data, sha256)
     return desk.answer()
@@ -69,6 +73,7 @@ def study(instances: Iterable[tuple[bytes, str]]) -> Study | NotForUs | Held:
 class _Desk:
     """What has been read so far."""
 
+    stated: Patient | None
     said: list[tuple[tuple[int, int, str, int], Said]] = field(default_factory=list, repr=False)
     received: dict[str, str] = field(default_factory=dict)  # SHA-256 → SOP Instance UID
     owners: dict[str, _Owner] = field(default_factory=dict, repr=False)  # by SOP Instance UID
@@ -98,7 +103,10 @@ class _Desk:
         if source.sop_instance_uid in self.owners:
             return [NotAnalysed(source, "the same SOP Instance UID as another image, with other content")]
         self.uids.add(text(opened.header, "StudyInstanceUID"))
-        self.owners[source.sop_instance_uid] = _owner(opened.header)
+        owner = _owner(opened.header)
+        if self.stated is not None and not _same(owner.patient, self.stated):
+            return [NotAnalysed(NOBODYS, ANOTHER)]
+        self.owners[source.sop_instance_uid] = owner
         if contradiction(owner.patient for owner in self.owners.values()):
             return []
         said = list(_pictures(opened, source, MAX_HELD - self.held))
@@ -114,6 +122,8 @@ class _Desk:
         said = [one for _, one in sorted(self.said, key=lambda pair: pair[0])]
         received = tuple(sorted((sop, sha256) for sha256, sop in self.received.items()))
         held = contradiction(owner.patient for owner in self.owners.values())
+        if self.stated is not None and not self.owners:
+            held = NONE_OF_THEIRS
         if held:
             return Held(uid, held, received)
         frames = tuple(one for one in said if isinstance(one, Frame))
@@ -212,6 +222,10 @@ def _why_nothing(tissue: Sequence[Tissue], clear: Sequence[Tissue]) -> str:
     if not tissue:
         return "no tissue is seen in it"
     return "not a breast: the sector of a curved or phased probe" if clear else COLOURED
+
+
+def _same(patient: Patient, stated: Patient) -> bool:
+    return bool(patient.id) and not contradiction([patient, stated])
 
 
 def _summary(left: Sequence[NotAnalysed]) -> str:

@@ -149,7 +149,9 @@ def _frame_of(source: Source) -> FrameName:
 
 def _frames(stations: Stations, study_ref: str) -> dict[FrameName, tuple[Frame, Study]]:
     instances = stations.inbox.instances(study_ref)
-    study = intake.study((stations.inbox.open(instance), instance.sha256) for instance in instances)
+    stated = stations.inbox.stated(study_ref)
+    files = ((stations.inbox.open(instance), instance.sha256) for instance in instances)
+    study = intake.study(files, stated.patient if stated else None)
     if not isinstance(study, Study):
         return {}
     return {_frame_of(frame.source): (frame, study) for frame in study.frames}

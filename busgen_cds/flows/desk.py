@@ -24,6 +24,7 @@ from busgen_cds.flows.services import Waits
 from busgen_cds.store.inbox import Inbox
 from busgen_cds.store.jobs import Job, Jobs
 from busgen_cds.store.results import Delivery, Results
+from busgen_cds.study import Patient
 
 APPLICATION = "busgen-cds"
 SHAPE = "1"  # of the workflows: a new one when their steps change, so that none is recovered into other steps
@@ -202,9 +203,10 @@ class Desk:
             taken.append(f"delivery to {delivery.destination}")
         return taken
 
-    def release(self, inbox: Inbox, study_ref: str, *, who: str) -> None:
-        """Let a held study go on: it is read if it was not, and what waits for it is sent."""
-        inbox.release(study_ref, who)
+    def release(self, inbox: Inbox, study_ref: str, *, who: str, patient: Patient | None = None) -> None:
+        """Let a held study go on: it is read if it was not, and what waits for it is sent. With the images of two
+        patients under it, as the study of the one who is stated."""
+        inbox.release(study_ref, who, patient)
         for delivery in self.results.retry(study_ref, who=who):
             self.deliver(delivery)
         self.arrived(study_ref, 0.0)

@@ -11,7 +11,7 @@ Rules:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from dbos import DBOS
 
@@ -21,7 +21,7 @@ from busgen_cds.flows import desk as desks
 from busgen_cds.flows.desk import Desk
 from busgen_cds.flows.services import Services, failed, in_use, log
 from busgen_cds.result import Answer, Declined, Rendered, Result
-from busgen_cds.store.inbox import Instance
+from busgen_cds.store.inbox import Instance, Stated
 from busgen_cds.store.results import Addressee, Previous, Results
 from busgen_cds.study import Held, NotForUs, Study, evidence_digest
 
@@ -87,7 +87,7 @@ def _ask_for_reading(study_ref: str) -> str:
             return "nothing there"
         if services.inbox.held(study_ref):
             return _recall(services, study_ref, instances)
-        digest = digest_of(instances, services.results)
+        digest = digest_of(instances, services.results, services.inbox.stated(study_ref))
         if known and known.evidence_digest == digest:
             services.results.covers(known.ref, len(instances))
             return "read already"
@@ -103,15 +103,16 @@ def _recall(services: Services, study_ref: str, instances: Sequence[Instance]) -
     if known is None or known.instances >= len(instances) or not services.inbox.two_patients(study_ref):
         return "held"
     read = instances[: known.instances]  # in the order received: what the answer was made of
-    study = services.intake((services.inbox.open(instance), instance.sha256) for instance in read)
+    stated = services.inbox.stated(study_ref)
+    study = services.intake(_opened(services, read), stated.patient if stated else None)
     replaced = services.results.previous(study_ref)
     shown = services.results.show(known.ref)
     if not isinstance(study, Study) or replaced is None or shown is None or isinstance(shown.answer, NotForUs):
         services.results.covers(known.ref, len(instances))  # nothing was said of it
         return "held"
-    digest, revision = digest_of(instances, services.results), services.results.next_revision(study_ref)
-    answer, ours = _taken_back(shown.answer, revision), dataclasses.replace(study, ref=study_ref)
-    notes = tuple(each for each in services.render(ours, answer, replaced) if each.kind == "ko")
+    digest, revision = digest_of(instances, services.results, stated), services.results.next_revision(study_ref)
+    answer = _taken_back(shown.answer, revision)
+    notes = tuple(each for each in services.render(study, answer, replaced) if each.kind == "ko")
     services.results.keep(
         study_ref, answer, notes, evidence_digest=digest, instances=len(instances), revision=revision,
         bundle_digest=answer.bundle.digest, addressees=[each.addressee for each in services.destinations],
@@ -120,6 +121,10 @@ def _recall(services: Services, study_ref: str, instances: Sequence[Instance]) -
     log.error("Study %s: %s", study_ref, RECALLED)
     _ask_for_delivery(study_ref)
     return "recalled"
+
+
+def _opened(services: Services, instances: Iterable[Instance]) -> Iterator[tuple[bytes, str]]:
+    return ((services.inbox.open(instance), instance.sha256) for instance in instances)
 
 
 def _taken_back(answer: Result, revision: int) -> Declined:
@@ -151,7 +156,8 @@ def _gather_and_keep(services: Services, study_ref: str, digest: str) -> str:
     # 1. Is there anything to do?
     held = services.inbox.held(study_ref)
     instances = services.inbox.instances(study_ref)
-    now_there = digest_of(instances, services.results)
+    stated = services.inbox.stated(study_ref)
+    now_there = digest_of(instances, services.results, stated)
     known = services.results.current(study_ref)
     if held:
         services.jobs.drop(study_ref, digest, now_there)
@@ -162,7 +168,7 @@ def _gather_and_keep(services: Services, study_ref: str, digest: str) -> str:
     if services.jobs.engine_stopped() is not None:
         return "engine stopped"
     # 2. Bytes → Study → Result → objects.
-    study = services.intake((services.inbox.open(instance), instance.sha256) for instance in instances)
+    study = services.intake(_opened(services, instances), stated.patient if stated else None)
     revision = services.results.next_revision(study_ref)
     if isinstance(study, Held):
         services.inbox.hold_two_patients(study_ref, study.reason, "reading")
@@ -172,7 +178,7 @@ def _gather_and_keep(services: Services, study_ref: str, digest: str) -> str:
         return _keep_refusal(services, study_ref, study, now_there, len(instances), revision, digest)
     result = services.assess(study, revision)
     replaced = services.results.previous(study_ref)
-    rendered = services.render(dataclasses.replace(study, ref=study_ref), result, replaced)
+    rendered = services.render(study, result, replaced)
     # 3. One transaction keeps them.
     services.results.keep(
         study_ref,
@@ -250,8 +256,10 @@ def _ask_for_delivery(study_ref: str) -> int:
     return len(waiting)
 
 
-def digest_of(instances: Iterable[Instance], results: Results) -> str:
-    """Of what was received, without our own objects: a PACS that sends them back asks for no new answer."""
+def digest_of(instances: Iterable[Instance], results: Results, stated: Stated | None) -> str:
+    """Of what was received, without our own objects: a PACS that sends them back asks for no new answer. What a person
+    stated of it is evidence too."""
     received = [(each.sop_instance_uid, each.sha256) for each in instances]
     ours = results.ours(uid for uid, _ in received)
-    return evidence_digest(pair for pair in received if pair[0] not in ours)
+    word = [("stated", stated.word)] if stated else []
+    return evidence_digest([*word, *(pair for pair in received if pair[0] not in ours)])

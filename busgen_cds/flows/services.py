@@ -24,7 +24,7 @@ from busgen_cds.result import Kind, Rendered, Result
 from busgen_cds.store.inbox import Inbox
 from busgen_cds.store.jobs import Jobs
 from busgen_cds.store.results import Addressee, Previous, Results
-from busgen_cds.study import Held, NotForUs, Study
+from busgen_cds.study import Held, NotForUs, Patient, Study
 
 log = logging.getLogger("busgen_cds.flows")
 
@@ -76,7 +76,8 @@ class Services:
     inbox: Inbox
     results: Results
     jobs: Jobs
-    intake: Callable[[Iterable[tuple[bytes, str]]], Study | NotForUs | Held]  # (Part 10 file, SHA-256) of each instance
+    # (Part 10 file, SHA-256) of each instance, and whose study it is where a person stated that
+    intake: Callable[[Iterable[tuple[bytes, str]], Patient | None], Study | NotForUs | Held]
     assess: Callable[[Study, int], Result]  # with the revision that it will be
     render: Callable[[Study, Result, Previous | None], tuple[Rendered, ...]]  # and what it replaces
     follow: Callable[[], bool] = lambda: False  # use the bundle that is live now; True: that is another one

@@ -94,7 +94,9 @@ class Companion:
         began = time.monotonic()
         try:
             instances = services.inbox.instances(study_ref)
-            study = services.intake((services.inbox.open(each), each.sha256) for each in instances)
+            stated = services.inbox.stated(study_ref)
+            files = ((services.inbox.open(each), each.sha256) for each in instances)
+            study = services.intake(files, stated.patient if stated else None)
             said: Result | str = reader.read(study) if isinstance(study, Study) else study.reason
         except Transient:
             raise  # it is due again at the next turn

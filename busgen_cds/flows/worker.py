@@ -133,7 +133,9 @@ class Worker:
         """A parked study that got more images is another job."""
         job = self.stations.jobs.of(study_ref)
         instances = self.stations.inbox.instances(study_ref)
-        return job is None or job.evidence_digest != read_study.digest_of(instances, self.stations.results)
+        return job is None or job.evidence_digest != read_study.digest_of(
+            instances, self.stations.results, self.stations.inbox.stated(study_ref)
+        )
 
     def _sweep_deliveries(self) -> int:
         overdue = self.stations.clock() - timedelta(seconds=self.stations.waits.sweep / 3)

@@ -7,7 +7,8 @@ Rules:
   set aside.
 - Nothing plain is written: files are sealed by `vault`, identifiers in the rows too.
 - A study is named by an opaque random reference; only that leaves this module for workflows and logs.
-- Two patients under one study UID: all is kept, and the study is held until a person decides.
+- Two patients under one study UID: all is kept, and the study is held until a person states whose it is. The images
+  of anybody else are then left out; a new one of theirs holds it again.
 - A file without a row was never acknowledged; `sweep` removes it.
 """
 
@@ -30,13 +31,17 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Mapped, mapped_column
 
 from busgen_cds.arrival import Arrival, Kept, NoRoom, Outcome, Peek
-from busgen_cds.errors import Shredded
+from busgen_cds.errors import Misconfigured, Shredded
 from busgen_cds.store import audit, clerk, vault
 from busgen_cds.store.clerk import Job
 from busgen_cds.store.database import Base, Blind, Database, Sealed, UtcTime, WrappedKey, table_of
 from busgen_cds.store.vault import SealedWriter, Vault
-from busgen_cds.study import Patient, contradiction
+from busgen_cds.study import Patient, contradiction, whose
 
+SAY_WHOSE = (
+    "Images of two patients are under this study: say whose it is (`busgen-cds queue --release … --patient …`); "
+    "the images of anybody else are left out."
+)
 PROCESSING_FAILURE, NO_SUCH_INSTANCE, CLASS_INSTANCE_CONFLICT = 0x0110, 0x0112, 0x0119
 _LOOK_AT_DISK_EVERY = 64 * 1024 * 1024
 
@@ -63,6 +68,8 @@ class StudyTable(Base):
     first_received_at: Mapped[datetime] = mapped_column(UtcTime)
     two_patients: Mapped[bool] = mapped_column(default=False)
     held: Mapped[str | None] = mapped_column(sa.Text)
+    issuer: Mapped[bytes | None] = mapped_column(Sealed)  # of the patient's id
+    stated: Mapped[str | None] = mapped_column(sa.String(32))  # random, anew each time a person states whose it is
 
 
 class InstanceTable(Base):
@@ -169,6 +176,13 @@ class Quarantined:
     bytes: int
     reason: str
     times: int = 1  # that it came
+
+
+class Stated(NamedTuple):
+    """A person's word on whose study it is, and what tells it from an earlier word."""
+
+    word: str
+    patient: Patient
 
 
 class _Filed(NamedTuple):
@@ -326,6 +340,12 @@ class Inbox:
         with self._database.reading() as session:
             return [(row.ref, row.held) for row in session.execute(query.order_by(_studies.c.first_received_at))]
 
+    def stated(self, study_ref: str) -> Stated | None:
+        """Whose it is by a person's word, if there was doubt; only images that say the same are read."""
+        with self._database.reading() as session:
+            row = session.execute(sa.select(_studies).where(_studies.c.ref == study_ref)).one()
+        return Stated(row.stated, self._patient(row)) if row.stated else None
+
     def hold(self, study_ref: str, reason: str, who: str = "system") -> None:
         self._set_held(study_ref, {"held": reason}, audit.Act("study held", who, reason, study_ref))
 
@@ -334,8 +354,15 @@ class Inbox:
         values = {"held": reason, "two_patients": True}
         self._set_held(study_ref, values, audit.Act("study held", who, reason, study_ref))
 
-    def release(self, study_ref: str, who: str) -> None:
-        self._set_held(study_ref, {"held": None}, audit.Act("study released", who, "", study_ref))
+    def release(self, study_ref: str, who: str, patient: Patient | None = None) -> None:
+        """Let it go on. One with the images of two patients goes on only as the study of one of them."""
+        if patient is None and self.two_patients(study_ref):
+            raise Misconfigured(SAY_WHOSE)
+        values: dict[str, Any] = {"held": None}
+        if patient is not None:
+            values |= {**self._sealed(patient), "two_patients": False, "stated": secrets.token_hex(16)}
+        why = "a person stated whose it is" if patient else ""
+        self._set_held(study_ref, values, audit.Act("study released", who, why, study_ref))
 
     def quarantined(self) -> list[Quarantined]:
         with self._database.reading() as session:
@@ -402,6 +429,7 @@ class Inbox:
         the study they let go in `also`, in the same transaction. Who shreds many scrubs once, at the end.
         """
         gone = {"key": None, "held": None, "uid": b"", "patient": b"", "patient_blind": "", "uid_blind": study_ref}
+        gone |= {"issuer": None, "stated": None}
         with self._one_at_a_time(), self._database.connection() as connection:
             mine = _instances.c.study_ref == study_ref
             entries = connection.execute(sa.select(_instances.c.ref, _instances.c.received_at).where(mine)).all()
@@ -581,6 +609,7 @@ class Inbox:
                 again: Outcome = "new" if twin.ref == job.ref else "same"
                 answers.append(Kept(again, twin.study_ref, twin.ref, study.held))
                 continue
+            study = studies[job.header.study_instance_uid] = self._whose(connection, job, study)
             outcome: Outcome = "conflict" if same_uid else "new"
             rows.append(self._row(job, study, outcome))
             same_uid.append(_Entry(job.ref, study.ref, job.sha256))
@@ -611,29 +640,38 @@ class Inbox:
         }
 
     def _file_under(self, connection: sa.Connection, job: Job, studies: dict[str, _Filed]) -> _Filed:
-        """The study of an instance, made when it is the first; held when it shows a second patient."""
-        uid, patient = job.header.study_instance_uid, Patient(id=job.header.patient_id.strip())
-        study = studies.get(uid) or self._find_or_make(connection, job, patient)
-        two = contradiction([study.patient, patient])
+        """The study of an instance, made when it is the first."""
+        uid = job.header.study_instance_uid
+        study = studies[uid] = studies.get(uid) or self._find_or_make(connection, job, _patient_of(job))
+        return study
+
+    def _whose(self, connection: sa.Connection, job: Job, study: _Filed) -> _Filed:
+        """Held when the instance shows a second patient; known better when it says what was missing."""
+        both = [study.patient, _patient_of(job)]
+        two = contradiction(both)
         if two and not study.two_patients:
             study = study._replace(two_patients=True, held=study.held or two)
             connection.execute(_HOLD_STUDY, {"study": study.ref, "held_now": study.held})
-        if patient.id and not study.patient.id:
-            study = study._replace(patient=patient)
+        if not two and whose(both) != study.patient:
+            study = study._replace(patient=whose(both))
             mine = sa.update(_studies).where(_studies.c.ref == study.ref)
-            connection.execute(mine.values(self._sealed(patient)))
-        studies[uid] = study
+            connection.execute(mine.values(self._sealed(study.patient)))
         return study
 
     def _sealed(self, patient: Patient) -> dict[str, Any]:
-        return {"patient_blind": self._vault.blind(patient.id), "patient": self._vault.seal_text(patient.id)}
+        issuer = self._vault.seal_text(patient.issuer) if patient.issuer else None
+        sealed = {"patient_blind": self._vault.blind(patient.id), "patient": self._vault.seal_text(patient.id)}
+        return {**sealed, "issuer": issuer}
+
+    def _patient(self, row: sa.Row[Any]) -> Patient:
+        issuer = self._vault.open_text(row.issuer) if row.issuer else ""
+        return Patient(id=self._vault.open_text(row.patient), issuer=issuer)
 
     def _find_or_make(self, connection: sa.Connection, job: Job, patient: Patient) -> _Filed:
         blinds = self._vault.blinds(job.header.study_instance_uid)
         row = next((row for blind in blinds for row in connection.execute(_FIND_STUDY, {"blind": blind})), None)
         if row is not None:
-            known = Patient(id=self._vault.open_text(row.patient))
-            return _Filed(row.ref, self._vault.unwrap(row.key), known, row.two_patients, row.held)
+            return _Filed(row.ref, self._vault.unwrap(row.key), self._patient(row), row.two_patients, row.held)
         study = _Filed(secrets.token_hex(16), vault.new_key(), patient, False, None)
         connection.execute(
             _INSERT_STUDY,
@@ -743,6 +781,10 @@ class Receiving:
             self._size,
             self._inbox._clock(),
         )
+
+
+def _patient_of(job: Job) -> Patient:
+    return Patient(id=job.header.patient_id.strip(), issuer=job.header.issuer_of_patient_id.strip())
 
 
 def _received(job: Job, kept: Kept) -> audit.Act:

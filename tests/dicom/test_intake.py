@@ -16,7 +16,7 @@ from pydicom.sequence import Sequence as Items
 from pydicom.uid import JPEGBaseline8Bit
 
 from busgen_cds.dicom import intake, relevance, saying
-from busgen_cds.study import Frame, Held, NotForUs, Region, Spacing, Study
+from busgen_cds.study import Frame, Held, NotForUs, Patient, Region, Spacing, Study
 from tests import images
 from tests.dicom import real
 
@@ -432,6 +432,19 @@ def test_two_patients_under_one_study(first: dict[str, str], second: dict[str, s
         study.reason.split()
     )
     assert len(study.received) == 2
+
+
+def test_whose_it_is_by_a_persons_word() -> None:
+    """Safety rule 8: once a person stated whose the study is, only images that carry that id are read, and no object
+    refers to the others; a word that fits no image leaves it held."""
+    files = [altered({"number": n}, PatientID=name) for n, name in enumerate(("A", "B", ""))]
+    given = [(data, hashlib.sha256(data).hexdigest()) for data in files]
+    study = intake.study(given, Patient(id="B"))
+    assert isinstance(study, Study)
+    assert (study.patient.id, len(study.frames)) == ("B", 1)
+    assert {(left.source.sop_instance_uid, left.reason) for left in study.not_analysed} == {("", intake.ANOTHER)}
+    assert isinstance(intake.study(given, Patient(id="C")), Held)
+    assert isinstance(intake.study(given), Held)
 
 
 def test_the_same_name_written_twice() -> None:

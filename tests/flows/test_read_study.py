@@ -9,6 +9,7 @@ import pytest
 from busgen_cds.errors import Misconfigured, Transient, Untrusted
 from busgen_cds.flows import queue
 from busgen_cds.flows.services import Destination
+from busgen_cds.study import Patient
 from tests import hospital
 from tests.hospital import Hospital, a_lesion
 
@@ -107,6 +108,41 @@ def test_two_patients_under_one_study(tmp_path: Path) -> None:
         assert len(it.site.inbox.instances(it.ref(study))) == 2
         assert it.reader.reads == []
         assert not it.pacs.objects
+
+
+def test_two_patients_released(tmp_path: Path) -> None:
+    """Rule 8: a study of two patients goes on only as the study of one, by a person's word: the other's images are left
+    out, the objects carry the id that was stated, and a new image of the other holds and recalls it again."""
+    mine, theirs, late = a_lesion(3, patient_id="P1")
+    theirs, late = (hospital.relabelled(data, PatientID="P2") for data in (theirs, late))
+    with hospital.opened(tmp_path, prepare=_takes_rejection_notes) as it:
+        study = it.scanner.sends([mine, theirs])
+        it.waits_until(lambda: [one for one in waiting(it) if one.state == "held"])
+        with pytest.raises(Misconfigured, match="say whose it is"):
+            it.desk.release(it.site.inbox, it.ref(study), who="operator")
+        it.desk.release(it.site.inbox, it.ref(study), who="operator", patient=Patient(id="P1"))
+        it.waits_until(lambda: it.reports(study))
+        it.scanner.sends([theirs])
+        it.settles()
+        assert it.reader.reads == [study] and it.result(study).entry.images_read == 1
+        assert {str(each.PatientID) for each in it.pacs.of(study)} == {"P1"}
+        it.scanner.sends([late])
+        it.waits_until(lambda: it.pacs.of(study, modality="KO"))
+        it.desk.release(it.site.inbox, it.ref(study), who="operator", patient=Patient(id="P2"))
+        it.waits_until(lambda: it.result(study).entry.revision == 3)
+        assert it.result(study).entry.images_read == 2 and it.result(study).patient_id == "P2"
+
+
+def test_two_issuers_of_one_id(tmp_path: Path) -> None:
+    """Rule 8: the same id from two issuers is two patients: the study is held; nothing is said of it."""
+    first, second = a_lesion(2, patient_id="P1")
+    with hospital.opened(tmp_path) as it:
+        north, south = (hospital.relabelled(d, IssuerOfPatientID=i) for d, i in ((first, "NORTH"), (second, "SOUTH")))
+        study = it.scanner.sends([north, south])
+        (item,) = it.waits_until(lambda: [one for one in waiting(it) if one.state == "held"])
+        it.settles()
+        assert item.reason.startswith("Two issuers")
+        assert it.site.results.current(it.ref(study)) is None and not it.pacs.objects
 
 
 def test_an_image_without_an_id_names_nobody(tmp_path: Path) -> None:
