@@ -111,8 +111,8 @@ def _recall(services: Services, study_ref: str, instances: Sequence[Instance]) -
         services.results.covers(known.ref, len(instances))  # nothing was said of it
         return "held"
     digest, revision = digest_of(instances, services.results, stated), services.results.next_revision(study_ref)
-    answer = _taken_back(shown.answer, revision)
-    notes = tuple(each for each in services.render(study, answer, replaced) if each.kind == "ko")
+    answer, ours = _taken_back(shown.answer, revision), dataclasses.replace(study, ref=study_ref)
+    notes = tuple(each for each in services.render(ours, answer, replaced) if each.kind == "ko")
     services.results.keep(
         study_ref, answer, notes, evidence_digest=digest, instances=len(instances), revision=revision,
         bundle_digest=answer.bundle.digest, addressees=[each.addressee for each in services.destinations],
@@ -178,7 +178,7 @@ def _gather_and_keep(services: Services, study_ref: str, digest: str) -> str:
         return _keep_refusal(services, study_ref, study, now_there, len(instances), revision, digest)
     result = services.assess(study, revision)
     replaced = services.results.previous(study_ref)
-    rendered = services.render(study, result, replaced)
+    rendered = services.render(dataclasses.replace(study, ref=study_ref), result, replaced)
     # 3. One transaction keeps them.
     services.results.keep(
         study_ref,
