@@ -201,12 +201,13 @@ def found(folder: Path, text: str, passphrase: str) -> Path:
     file = folder / settings.FILE
     if file.exists():
         raise Misconfigured(f"{file} is there already: choose another folder, or change that site's settings.")
+    chosen = settings.parse(text, file)  # whatever is wrong with it is said before anything is written
     folder.mkdir(parents=True, exist_ok=True)
-    file.write_text(text)
     (folder / "keys").mkdir(mode=0o700, exist_ok=True)
     vault.write_key_file(folder / "keys" / "site.key")
     site_keys.make(folder / "keys", passphrase)
-    open_site(settings.read(file)).close()
+    open_site(chosen).close()
+    file.write_text(text)
     return file
 
 

@@ -111,7 +111,7 @@ def init(
     ],
     pacs: Annotated[str, typer.Option(help="Where results go: AE_TITLE@HOST:PORT.")] = "",
     name: Annotated[str, typer.Option(help="The site's name.")] = "My site",
-    port: Annotated[int, typer.Option(help="Port to listen on.")] = 11112,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 11112,
 ) -> None:
     """Make a site: settings, keys and database."""
     from busgen_cds import app as house
@@ -120,6 +120,14 @@ def init(
     passphrase = site_keys.new_passphrase()
     file = house.found(folder, _settings_text(name, prevalence, allow, pacs, port), passphrase)
     out.print(f"Made {file}. Read it, then: busgen-cds check -c {file}", soft_wrap=True)
+    for title in (each for each in allow if "@" not in each):
+        plain = ", ".join(settings.read(file).listener.plain_from)
+        console.print(
+            f"{title}: no address was named; without TLS it may connect only from {plain}. Where it comes from "
+            f"elsewhere, write --allow {title}@ADDRESS, or add its address to plain_from in {file}.",
+            soft_wrap=True,
+            markup=False,
+        )
     console.print(
         f"The promoter's passphrase, shown this once: [bold]{passphrase}[/]\nWhoever makes another bundle live is "
         "asked for it. Keep it away from this machine; `busgen-cds bundle keys --passphrase` changes it.",

@@ -10,10 +10,11 @@ Rules:
 from __future__ import annotations
 
 import tomllib
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from busgen_cds.errors import Misconfigured
@@ -21,6 +22,26 @@ from busgen_cds.errors import Misconfigured
 FILE = "busgen-cds.toml"
 
 AeTitle = Annotated[str, Field(min_length=1, max_length=16, pattern=r"^[^\\\x00-\x1f]+$")]
+
+
+def _network(text: str) -> str:
+    try:
+        ip_network(text)
+    except ValueError:
+        raise ValueError(f"{text!r} is not an address or network{_meant(text)}") from None
+    return text
+
+
+def _meant(text: str) -> str:
+    try:
+        network = ip_network(text, strict=False)
+        ip_address(text.partition("/")[0])
+    except ValueError:
+        return ": write an IP address such as 10.1.2.3, or a network such as 10.1.0.0/16"
+    return f": write {network}"
+
+
+Network = Annotated[str, AfterValidator(_network)]
 Port = Annotated[int, Field(ge=0, le=65535)]  # 0: a free port from the operating system, for tests
 ObjectKind = Literal["sr", "sc", "seg", "pr"]
 RoleName = Literal["reader", "operator", "physicist", "auditor", "admin"]
@@ -42,7 +63,7 @@ class Site(_Section):
 
 class Peer(_Section):
     ae_title: AeTitle = Field(description="Calling AE title that may send.")
-    addresses: tuple[str, ...] = Field(
+    addresses: tuple[Network, ...] = Field(
         default=(), description='Addresses or networks ("10.1.0.0/16") it must come from; none stated: from anywhere.'
     )
     certificate_sha256: str = Field(
@@ -68,7 +89,7 @@ class Listener(_Section):
     host: str = Field(default="0.0.0.0", description="Address to listen on.")
     port: Port = Field(default=11112, description="The port registered for DICOM.")
     allow: tuple[Peer, ...] = Field(description="Who may send. No default: an open door is a decision.")
-    plain_from: tuple[str, ...] = Field(
+    plain_from: tuple[Network, ...] = Field(
         default=("127.0.0.0/8", "::1/128"),
         description="Addresses or networks that may speak DICOM without TLS; this machine alone unless you say so.",
     )
@@ -401,11 +422,18 @@ class Settings(BaseSettings):
 def read(file: Path, **overrides: Any) -> Settings:
     """Settings from a TOML file; every mistake names its field and what would be right."""
     try:
-        document = tomllib.loads(file.read_text())
+        text = file.read_text()
     except OSError as missing:
         raise Misconfigured(
             f"{file} cannot be read ({missing.strerror}): make a site with `busgen-cds init DIR`."
         ) from missing
+    return parse(text, file, **overrides)
+
+
+def parse(text: str, file: Path, **overrides: Any) -> Settings:
+    """The same of a text that is, or will be, in this file."""
+    try:
+        document = tomllib.loads(text)
     except tomllib.TOMLDecodeError as broken:
         raise Misconfigured(f"{file} is not valid TOML: {broken}") from broken
     try:

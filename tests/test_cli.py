@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import typer
+from typer.testing import CliRunner
 
+from busgen_cds import cli, custody
 from busgen_cds.dicom import outbox
+from busgen_cds.errors import Misconfigured
 from tests import images
 from tests.pacs import Pacs
 
+RUN = CliRunner()
 KEYS = {
     "study_instance_uid", "outcome", "reason", "revision", "bundle", "provider", "prevalence", "study", "findings",
     "images_read", "images_not_analysed", "objects", "seconds",
@@ -124,6 +130,46 @@ def test_a_site_is_made_once_and_checked(tmp_path: Path) -> None:
     done = busgen_cds("check", "-c", site, "--json")
     assert done.returncode == 1
     assert any("cannot be reached" in each["found"] for each in json.loads(done.stdout) if not each["good"])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (["--allow", "US ROOM LONG TITLE TOO LONG@10.0.0.1"], "at most 16 characters"),
+        (["--allow", "SCAN@notanip"], "is not an address or network"),
+        (["--allow", "SCAN@10.0.0.1/8"], "write 10.0.0.0/8"),
+        (["--allow", "SCAN", "--pacs", "PACS@10.0.0.2:99999"], "less than or equal to 65535"),
+    ],
+)
+def test_a_site_that_cannot_be_leaves_nothing_behind(tmp_path: Path, wrong: list[str], said: str) -> None:
+    """`init` says what is wrong before it writes anything, so that the corrected command is not refused."""
+    site = tmp_path / "site"
+    with pytest.raises(Misconfigured, match=said):
+        RUN.invoke(cli.app, ["init", str(site), "--prevalence", "0.05", *wrong], catch_exceptions=False)
+    assert not site.exists()
+
+
+def test_a_port_that_cannot_be(tmp_path: Path) -> None:
+    """`init` refuses a port beyond 65535 as wrong usage, and writes nothing."""
+    arguments = ["init", str(tmp_path / "site"), "--prevalence", "0.05", "--allow", "SCAN", "--port", "99999"]
+    assert RUN.invoke(cli.app, arguments).exit_code == 2
+    assert not (tmp_path / "site").exists()
+
+
+def test_a_sender_without_an_address(tmp_path: Path) -> None:
+    """`init` says of a sender without an address from where it may connect, and how to name one."""
+    done = RUN.invoke(cli.app, ["init", str(tmp_path / "site"), "--prevalence", "0.05", "--allow", "SCAN"])
+    assert done.exit_code == 0 and (tmp_path / "site" / "busgen-cds.toml").exists()
+    assert "only from 127.0.0.0/8, ::1/128" in done.output and "--allow SCAN@ADDRESS" in done.output
+
+
+def test_pages_name_commands_that_there_are() -> None:
+    """Every option of a command that a page names is one that the command takes."""
+    verify = typer.main.get_command(custody.audit_app).commands["verify"]  # type: ignore[attr-defined]
+    known = {name for each in verify.params for name in each.opts}
+    page = (Path(cli.__file__).parent / "web" / "templates" / "audit_verdict.html").read_text()
+    named = re.findall(r"busgen-cds audit verify (--[a-z-]+)", page)
+    assert named and set(named) <= known
 
 
 def test_no_site_without_a_prevalence(tmp_path: Path) -> None:

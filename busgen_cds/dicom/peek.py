@@ -106,7 +106,9 @@ class Reader:
         uid = self._found.get(tag, "")
         if not uid:
             raise Corrupt(f"The data set has no {name}.")
-        if len(uid) > 64 or not _UID.fullmatch(uid):
+        if len(uid) > 64:  # PS3.5 9.1
+            raise Corrupt(f"The {name} of the data set is longer than 64 characters.")
+        if not _UID.fullmatch(uid):
             raise Corrupt(f"The {name} of the data set is not a UID.")
         return uid
 

@@ -245,6 +245,7 @@ NOT_DATA_SETS = {
     "no SOP Instance UID": (GOOD.replace(raw.element(8, 0x18, "UI", b"1.2.3.4\0"), b""), "no SOP Instance UID"),
     "no Study Instance UID": (GOOD.replace(raw.element(0x20, 0xD, "UI", b"1.2.3\0"), b""), "no Study Instance UID"),
     "a UID that is none": (raw.image("1.2.3.4", study="../../etc"), "is not a UID"),
+    "a UID that is too long": (raw.image("1.2.3.4", study="1." + "2" * 64), "longer than 64 characters"),
     "no value representation": (GOOD.replace(b"US", b"\1\2").replace(b"CS", b"??"), "no value representation"),
     "nothing": (b"", "no Study Instance UID"),
     "a preamble without data set": (bytes(128) + b"DICM", ""),
