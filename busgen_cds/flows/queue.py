@@ -4,7 +4,6 @@ Rules:
 - Whatever was received and has not reached its end is in this list, and who was refused at the door lately.
 - Stuck means that it will not go on by itself. Every stuck entry has a reason that an operator can act on.
 - A study that was received and is not being read long after its last image is stuck, whatever the cause.
-- A study that was received and is not being read long after its last image is stuck, whatever the cause.
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ from busgen_cds.store.results import Results
 
 What = Literal["engine", "study", "delivery", "object", "instance", "result", "association"]
 Verb = Literal["", "retry", "release", "resume"]
-UNREAD = timedelta(minutes=10)  # after its last image; the longest that an image is waited for is a minute
 UNREAD = timedelta(minutes=10)  # after its last image; the longest that an image is waited for is a minute
 
 
