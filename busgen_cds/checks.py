@@ -1,9 +1,16 @@
-"""Is everything in place at this site? Each check says what it looked at and what it found; none changes anything."""
+"""Is everything in place at this site? Each check says what it looked at and what it found; none changes anything.
+
+Rules:
+- A node that does not answer costs a few seconds, whatever their number: all are asked at once.
+- What is waited for is said while it is waited for.
+"""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +20,8 @@ from busgen_cds.errors import Misconfigured, Transient, Untrusted
 from busgen_cds.settings import Settings
 from busgen_cds.store import audit
 
+ECHO_SECONDS = 5.0
+
 
 class Checked(NamedTuple):
     what: str
@@ -20,25 +29,32 @@ class Checked(NamedTuple):
     found: str
 
 
-def everything(file: Path) -> list[Checked]:
+def everything(file: Path, tell: Callable[[str], None] = lambda _line: None) -> list[Checked]:
     try:
         chosen = settings.read(file)
     except Misconfigured as wrong:
         return [Checked("settings", False, str(wrong))]
-    return [Checked("settings", True, str(file)), *_site(chosen)]
+    return [Checked("settings", True, str(file)), *_site(chosen, tell)]
 
 
-def _site(chosen: Settings) -> Iterator[Checked]:
+def _site(chosen: Settings, tell: Callable[[str], None]) -> Iterator[Checked]:
     yield _try("database and keys", lambda: _database(chosen))
     yield _try("record of acts", lambda: _acts(chosen))
     yield _try("disk", lambda: _disk(chosen))
     yield _try("bundle", lambda: _bundle(chosen))
     yield _try("engine", lambda: _engine(chosen))
-    for each in chosen.nodes:
-        if not each.url:
-            yield _try(f"echo to {each.name}", lambda name=each.name: _echo(chosen, name))  # type: ignore[misc]
+    yield from _echoes(chosen, tell)
     if not chosen.destinations:
         yield Checked("destinations", False, "none: results stay here; add a [[destinations]] entry")
+
+
+def _echoes(chosen: Settings, tell: Callable[[str], None]) -> list[Checked]:
+    names = [each.name for each in chosen.nodes if not each.url]
+    if not names:
+        return []
+    tell(f"Waiting for an echo from {', '.join(names)}: {ECHO_SECONDS:g} s at most for each step, all at once.")
+    with ThreadPoolExecutor(len(names)) as asking:
+        return list(asking.map(lambda name: _try(f"echo to {name}", lambda: _echo(chosen, name)), names))
 
 
 def _try(what: str, look: Callable[[], str]) -> Checked:
@@ -85,5 +101,5 @@ def _engine(chosen: Settings) -> str:
 
 
 def _echo(chosen: Settings, name: str) -> str:
-    node = app.node(chosen, name)
+    node = replace(app.node(chosen, name), timeout_seconds=ECHO_SECONDS)
     return f"{node}: {1000 * outbox.echo(node):.0f} ms"

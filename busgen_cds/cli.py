@@ -187,7 +187,8 @@ def check(
     if security:
         return custody.rate(config, as_json)
 
-    found = checks.everything(config / settings.FILE if config.is_dir() else config)
+    tell = lambda line: console.print(line, soft_wrap=True, markup=False, highlight=False)  # noqa: E731
+    found = checks.everything(config / settings.FILE if config.is_dir() else config, tell)
     if as_json:
         _print_json([each._asdict() for each in found])
     else:

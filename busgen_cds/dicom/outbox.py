@@ -453,7 +453,10 @@ def _why_not(association: Association, node: Node) -> Exception:
     if not association.is_rejected and node.tls:
         _shake_hands(node, node.tls)  # pynetdicom keeps the reason to itself
     if not association.is_rejected:
-        return Transient(f"{node} cannot be reached, or does not answer.")
+        return Transient(
+            f"{node} cannot be reached, or does not answer: check host, port, firewall, and that our title "
+            f"{node.calling_ae!r} is known there."
+        )
     answer = association.acceptor.primitive
     source, reason = (answer.result_source, answer.diagnostic) if answer else (0, 0)
     if source == 1 and reason == 3:  # PS3.8 table 9-21
@@ -466,7 +469,7 @@ def _why_not(association: Association, node: Node) -> Exception:
 def _shake_hands(node: Node, tls: Tls) -> None:
     """Whatever is wrong with the certificates is a setting to change, here or there."""
     try:
-        with socket.create_connection((node.host, node.port), timeout=10) as connection:
+        with socket.create_connection((node.host, node.port), timeout=min(10.0, node.timeout_seconds)) as connection:
             _tls_context(tls, node).wrap_socket(connection, server_hostname=node.host).close()
     except ssl.SSLCertVerificationError as wrong:
         raise Misconfigured(f"The certificate of {node} does not hold: {wrong.verify_message}.") from wrong
