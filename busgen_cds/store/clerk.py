@@ -6,7 +6,7 @@ Rules:
 - It answers after the commit, never before.
 - It listens on a socket in the inbox's folder, which only the site's account can enter; there is one clerk per inbox.
 
-A packet each way, in JSON: the job of an instance; its `Kept`, or why not.
+A packet each way, in JSON: the entry of an instance; its `Kept`, or why not.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _LONGEST = 1 << 16
 
 
 @dataclass(frozen=True, repr=False)
-class Job:
+class Entry:
     """One instance that has its name on the disk and waits for its row."""
 
     arrival: Arrival
@@ -51,14 +51,14 @@ class Job:
         return json.dumps(fields).encode()
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> Job:
+    def from_bytes(cls, data: bytes) -> Entry:
         fields = json.loads(data)
         fields |= {"key": bytes.fromhex(fields["key"]), "at": datetime.fromisoformat(fields["at"])}
         fields |= {"arrival": Arrival(**fields["arrival"]), "header": Peek(**fields["header"])}
         return cls(**fields)
 
 
-Commit = Callable[[Sequence[Job]], Sequence[Kept]]
+Commit = Callable[[Sequence[Entry]], Sequence[Kept]]
 
 
 class Line:
@@ -68,13 +68,13 @@ class Line:
         self._folder = folder
         self._local = threading.local()
 
-    def ask(self, job: Job) -> Kept | None:
+    def ask(self, entry: Entry) -> Kept | None:
         """The clerk's answer; None when there is no clerk, or it was lost before it answered."""
         connection = self._connection()
         if connection is None:
             return None
         try:
-            connection.send(job.to_bytes())
+            connection.send(entry.to_bytes())
             answer = connection.recv(_LONGEST)
         except OSError:
             answer = b""
@@ -133,20 +133,20 @@ class _Clerk:
             if waiting:
                 self._answer(waiting)
 
-    def _take(self, connection: Any) -> list[tuple[socket.socket, Job]]:
+    def _take(self, connection: Any) -> list[tuple[socket.socket, Entry]]:
         try:
             packet = connection.recv(_LONGEST)
         except OSError:
             packet = b""
         if packet:
-            return [(connection, Job.from_bytes(packet))]
+            return [(connection, Entry.from_bytes(packet))]
         self._selector.unregister(connection)
         connection.close()
         return []
 
-    def _answer(self, waiting: Sequence[tuple[socket.socket, Job]]) -> None:
+    def _answer(self, waiting: Sequence[tuple[socket.socket, Entry]]) -> None:
         try:
-            answers = [dataclasses.asdict(kept) for kept in self._commit([job for _, job in waiting])]
+            answers = [dataclasses.asdict(kept) for kept in self._commit([entry for _, entry in waiting])]
         except Exception as failed:  # the sender is told, and the next batch is tried anew
             log.exception("Rows could not be committed")
             answers = [{"failed": type(failed).__name__}] * len(waiting)

@@ -33,7 +33,7 @@ from sqlalchemy.orm import Mapped, mapped_column
 from busgen_cds.arrival import Arrival, Kept, NoRoom, Outcome, Peek
 from busgen_cds.errors import Misconfigured, Shredded
 from busgen_cds.store import audit, clerk, vault
-from busgen_cds.store.clerk import Job
+from busgen_cds.store.clerk import Entry
 from busgen_cds.store.database import Base, Blind, Database, Sealed, UtcTime, WrappedKey, table_of
 from busgen_cds.store.vault import SealedWriter, Vault
 from busgen_cds.study import Patient, contradiction, whose
@@ -195,7 +195,7 @@ class _Filed(NamedTuple):
     held: str | None
 
 
-class _Entry(NamedTuple):
+class _Known(NamedTuple):
     ref: str
     study_ref: str
     sha256: str
@@ -203,9 +203,9 @@ class _Entry(NamedTuple):
 
 @dataclass(eq=False)
 class _Waiting:
-    """A job of this process, until the one that leads has committed it."""
+    """An entry of this process, until the one that leads has committed it."""
 
-    job: Job
+    entry: Entry
     kept: Kept | None = None
     failed: BaseException | None = None
 
@@ -524,25 +524,25 @@ class Inbox:
     def _study_of(self, uid: str) -> sa.Select[Any]:
         return sa.select(_studies).where(_studies.c.uid_blind.in_(self._vault.blinds(uid)))
 
-    def _commit(self, job: Job, source: Path) -> Kept:
+    def _commit(self, entry: Entry, source: Path) -> Kept:
         """The file's name on the disk, then its row."""
-        target = self._path(job.ref, job.at)
+        target = self._path(entry.ref, entry.at)
         self._make_folder(target.parent)
         source.rename(target)
         _sync_folder(target.parent)
-        kept = self._commit_alone(job) or self._line.ask(job) or self._commit_together(job)
+        kept = self._commit_alone(entry) or self._line.ask(entry) or self._commit_together(entry)
         if kept.outcome == "same":
             target.unlink()
         return kept
 
-    def _commit_alone(self, job: Job) -> Kept | None:
+    def _commit_alone(self, entry: Entry) -> Kept | None:
         """At once, when nobody else is at it: the shortest way for a scanner that sends alone."""
         with self._one_at_a_time(wait=False) as free:
-            return self._write_rows([job])[0] if free else None
+            return self._write_rows([entry])[0] if free else None
 
-    def _commit_together(self, job: Job) -> Kept:
+    def _commit_together(self, entry: Entry) -> Kept:
         """Without a clerk: whoever comes first commits for all of this process that wait by then."""
-        mine = _Waiting(job)
+        mine = _Waiting(entry)
         with self._joining:
             self._waiting.append(mine)
         with self._leading:
@@ -557,7 +557,7 @@ class Inbox:
 
     def _lead(self, batch: Sequence[_Waiting]) -> None:
         try:
-            answers = self._commit_rows([waiting.job for waiting in batch])
+            answers = self._commit_rows([waiting.entry for waiting in batch])
         except BaseException as failed:  # noqa: BLE001 – each of those who wait raises it
             for waiting in batch:
                 waiting.failed = failed
@@ -565,14 +565,14 @@ class Inbox:
         for waiting, answer in zip(batch, answers, strict=True):
             waiting.kept = answer
 
-    def _commit_rows(self, jobs: Sequence[Job]) -> list[Kept]:
+    def _commit_rows(self, entries: Sequence[Entry]) -> list[Kept]:
         with self._one_at_a_time():
-            return self._write_rows(jobs)
+            return self._write_rows(entries)
 
-    def _write_rows(self, jobs: Sequence[Job]) -> list[Kept]:
+    def _write_rows(self, entries: Sequence[Entry]) -> list[Kept]:
         with self._database.connection() as connection:
-            answers = self._enter(connection, jobs)
-            audit.record(connection, *map(_received, jobs, answers), at=jobs[0].at)
+            answers = self._enter(connection, entries)
+            audit.record(connection, *map(_received, entries, answers), at=entries[0].at)
         return answers
 
     def _make_folder(self, folder: Path) -> None:
@@ -594,60 +594,60 @@ class Inbox:
         finally:
             os.close(descriptor)
 
-    def _enter(self, connection: sa.Connection, batch: Sequence[Job]) -> list[Kept]:
+    def _enter(self, connection: sa.Connection, batch: Sequence[Entry]) -> list[Kept]:
         """Rows for the batch; what is known already, or comes twice in it, gets the answer it deserves."""
         studies: dict[str, _Filed] = {}
-        known: dict[str, list[_Entry]] = {}
+        known: dict[str, list[_Known]] = {}
         rows, answers = [], []
-        for job in batch:
-            study = self._file_under(connection, job, studies)
-            uid = job.header.sop_instance_uid
-            same_uid = known[uid] = known.get(uid) or self._known(connection, uid)
-            twin = next((entry for entry in same_uid if entry.sha256 == job.sha256), None)
+        for entry in batch:
+            study = self._file_under(connection, entry, studies)
+            uid = entry.header.sop_instance_uid
+            same_uid = known[uid] = known.get(uid) or self._known_under(connection, uid)
+            twin = next((one for one in same_uid if one.sha256 == entry.sha256), None)
             if twin is not None:
                 # our own row is there when the clerk was lost between its commit and its answer
-                again: Outcome = "new" if twin.ref == job.ref else "same"
+                again: Outcome = "new" if twin.ref == entry.ref else "same"
                 answers.append(Kept(again, twin.study_ref, twin.ref, study.held))
                 continue
-            study = studies[job.header.study_instance_uid] = self._whose(connection, job, study)
+            study = studies[entry.header.study_instance_uid] = self._whose(connection, entry, study)
             outcome: Outcome = "conflict" if same_uid else "new"
-            rows.append(self._row(job, study, outcome))
-            same_uid.append(_Entry(job.ref, study.ref, job.sha256))
-            answers.append(Kept(outcome, study.ref, job.ref, study.held))
+            rows.append(self._row(entry, study, outcome))
+            same_uid.append(_Known(entry.ref, study.ref, entry.sha256))
+            answers.append(Kept(outcome, study.ref, entry.ref, study.held))
         if rows:
             connection.execute(_INSERT_INSTANCE, rows)
         return answers
 
-    def _known(self, connection: sa.Connection, sop_instance_uid: str) -> list[_Entry]:
+    def _known_under(self, connection: sa.Connection, sop_instance_uid: str) -> list[_Known]:
         """What is kept already under this UID; while a site key is being changed, under either key's hash."""
         blinds = self._vault.blinds(sop_instance_uid)
-        return [_Entry(*row) for blind in blinds for row in connection.execute(_FIND_INSTANCES, {"blind": blind})]
+        return [_Known(*row) for blind in blinds for row in connection.execute(_FIND_INSTANCES, {"blind": blind})]
 
-    def _row(self, job: Job, study: _Filed, outcome: Outcome) -> dict[str, Any]:
+    def _row(self, entry: Entry, study: _Filed, outcome: Outcome) -> dict[str, Any]:
         return {
-            "ref": job.ref,
+            "ref": entry.ref,
             "study_ref": study.ref,
-            "sop_uid_blind": self._vault.blind(job.header.sop_instance_uid),
-            "sop_uid": self._vault.seal_text(job.header.sop_instance_uid),
-            "sop_class_uid": job.header.sop_class_uid,
-            "transfer_syntax_uid": job.arrival.transfer_syntax_uid,
-            "sha256": job.sha256,
-            "size": job.size,
-            "received_at": job.at,
-            "calling_ae": job.arrival.calling_ae,
-            "key": vault.wrap_under(study.key, job.key),
+            "sop_uid_blind": self._vault.blind(entry.header.sop_instance_uid),
+            "sop_uid": self._vault.seal_text(entry.header.sop_instance_uid),
+            "sop_class_uid": entry.header.sop_class_uid,
+            "transfer_syntax_uid": entry.arrival.transfer_syntax_uid,
+            "sha256": entry.sha256,
+            "size": entry.size,
+            "received_at": entry.at,
+            "calling_ae": entry.arrival.calling_ae,
+            "key": vault.wrap_under(study.key, entry.key),
             "conflict": outcome == "conflict",
         }
 
-    def _file_under(self, connection: sa.Connection, job: Job, studies: dict[str, _Filed]) -> _Filed:
+    def _file_under(self, connection: sa.Connection, entry: Entry, studies: dict[str, _Filed]) -> _Filed:
         """The study of an instance, made when it is the first."""
-        uid = job.header.study_instance_uid
-        study = studies[uid] = studies.get(uid) or self._find_or_make(connection, job, _patient_of(job))
+        uid = entry.header.study_instance_uid
+        study = studies[uid] = studies.get(uid) or self._find_or_make(connection, entry, _patient_of(entry))
         return study
 
-    def _whose(self, connection: sa.Connection, job: Job, study: _Filed) -> _Filed:
+    def _whose(self, connection: sa.Connection, entry: Entry, study: _Filed) -> _Filed:
         """Held when the instance shows a second patient; known better when it says what was missing."""
-        both = [study.patient, _patient_of(job)]
+        both = [study.patient, _patient_of(entry)]
         two = contradiction(both)
         if two and not study.two_patients:
             study = study._replace(two_patients=True, held=study.held or two)
@@ -667,8 +667,8 @@ class Inbox:
         issuer = self._vault.open_text(row.issuer) if row.issuer else ""
         return Patient(id=self._vault.open_text(row.patient), issuer=issuer)
 
-    def _find_or_make(self, connection: sa.Connection, job: Job, patient: Patient) -> _Filed:
-        blinds = self._vault.blinds(job.header.study_instance_uid)
+    def _find_or_make(self, connection: sa.Connection, entry: Entry, patient: Patient) -> _Filed:
+        blinds = self._vault.blinds(entry.header.study_instance_uid)
         row = next((row for blind in blinds for row in connection.execute(_FIND_STUDY, {"blind": blind})), None)
         if row is not None:
             return _Filed(row.ref, self._vault.unwrap(row.key), self._patient(row), row.two_patients, row.held)
@@ -677,52 +677,52 @@ class Inbox:
             _INSERT_STUDY,
             {
                 "ref": study.ref,
-                "uid_blind": self._vault.blind(job.header.study_instance_uid),
-                "uid": self._vault.seal_text(job.header.study_instance_uid),
+                "uid_blind": self._vault.blind(entry.header.study_instance_uid),
+                "uid": self._vault.seal_text(entry.header.study_instance_uid),
                 **self._sealed(patient),
                 "key": self._vault.wrap(study.key),
-                "first_received_at": job.at,
+                "first_received_at": entry.at,
                 "two_patients": False,
             },
         )
         return study
 
-    def _enter_quarantine(self, job: Job, source: Path, reason: str) -> str:
+    def _enter_quarantine(self, entry: Entry, source: Path, reason: str) -> str:
         """The file's name on the disk, then its row; what came before is counted, and no second copy is made."""
-        target = self._quarantine / job.ref
+        target = self._quarantine / entry.ref
         source.rename(target)
         _sync_folder(self._quarantine)
         with self._one_at_a_time(), self._database.transaction() as session:
-            blinds = self._vault.blinds(job.arrival.sop_instance_uid)
-            same = _quarantine.c.sop_uid_blind.in_(blinds) & (_quarantine.c.sha256 == job.sha256)
+            blinds = self._vault.blinds(entry.arrival.sop_instance_uid)
+            same = _quarantine.c.sop_uid_blind.in_(blinds) & (_quarantine.c.sha256 == entry.sha256)
             twin = session.execute(sa.select(_quarantine.c.ref).where(same)).scalar()
             if twin is None:
-                session.execute(sa.insert(_quarantine).values(self._quarantine_row(job, reason)))
+                session.execute(sa.insert(_quarantine).values(self._quarantine_row(entry, reason)))
             else:
                 again = sa.update(_quarantine).where(_quarantine.c.ref == twin)
                 session.execute(again.values(times=_quarantine.c.times + 1))
-            ref = twin or job.ref
-            act = audit.Act("instance quarantined", job.arrival.calling_ae, reason, detail={"quarantine": ref})
-            audit.record(session, act, at=job.at)
+            ref = twin or entry.ref
+            act = audit.Act("instance quarantined", entry.arrival.calling_ae, reason, detail={"quarantine": ref})
+            audit.record(session, act, at=entry.at)
         if twin is not None:
             target.unlink()
         return ref
 
-    def _quarantine_row(self, job: Job, reason: str) -> dict[str, Any]:
+    def _quarantine_row(self, entry: Entry, reason: str) -> dict[str, Any]:
         return {
-            "ref": job.ref,
-            "received_at": job.at,
-            "calling_ae": job.arrival.calling_ae,
-            "address": job.arrival.address,
-            "sop_uid_blind": self._vault.blind(job.arrival.sop_instance_uid),
-            "sop_uid": self._vault.seal_text(job.arrival.sop_instance_uid),
-            "sop_class_uid": job.arrival.sop_class_uid,
-            "transfer_syntax_uid": job.arrival.transfer_syntax_uid,
-            "sha256": job.sha256,
-            "size": job.size,
+            "ref": entry.ref,
+            "received_at": entry.at,
+            "calling_ae": entry.arrival.calling_ae,
+            "address": entry.arrival.address,
+            "sop_uid_blind": self._vault.blind(entry.arrival.sop_instance_uid),
+            "sop_uid": self._vault.seal_text(entry.arrival.sop_instance_uid),
+            "sop_class_uid": entry.arrival.sop_class_uid,
+            "transfer_syntax_uid": entry.arrival.transfer_syntax_uid,
+            "sha256": entry.sha256,
+            "size": entry.size,
             "times": 1,
             "reason": reason,
-            "key": self._vault.wrap(job.key),
+            "key": self._vault.wrap(entry.key),
         }
 
 
@@ -750,7 +750,7 @@ class Receiving:
     def keep(self, header: Peek) -> Kept:
         try:
             self._writer.sync()
-            return self._inbox._commit(self._job(header), self._path)
+            return self._inbox._commit(self._entry(header), self._path)
         except BaseException:
             self._path.unlink(missing_ok=True)
             raise
@@ -760,7 +760,7 @@ class Receiving:
     def quarantine(self, reason: str) -> str:
         try:
             self._writer.sync()
-            return self._inbox._enter_quarantine(self._job(Peek("", "", "", "")), self._path, reason)
+            return self._inbox._enter_quarantine(self._entry(Peek("", "", "", "")), self._path, reason)
         except BaseException:
             self._path.unlink(missing_ok=True)
             raise
@@ -771,8 +771,8 @@ class Receiving:
         self._writer.close()
         self._path.unlink(missing_ok=True)
 
-    def _job(self, header: Peek) -> Job:
-        return Job(
+    def _entry(self, header: Peek) -> Entry:
+        return Entry(
             self._arrival,
             header,
             self._ref,
@@ -783,14 +783,14 @@ class Receiving:
         )
 
 
-def _patient_of(job: Job) -> Patient:
-    return Patient(id=job.header.patient_id.strip(), issuer=job.header.issuer_of_patient_id.strip())
+def _patient_of(entry: Entry) -> Patient:
+    return Patient(id=entry.header.patient_id.strip(), issuer=entry.header.issuer_of_patient_id.strip())
 
 
-def _received(job: Job, kept: Kept) -> audit.Act:
+def _received(entry: Entry, kept: Kept) -> audit.Act:
     kind = {"new": "instance received", "same": "instance received again", "conflict": "instance set aside"}
-    detail = {"instance": kept.instance_ref, "bytes": job.size, "sha256": job.sha256}
-    return audit.Act(kind[kept.outcome], job.arrival.calling_ae, "", kept.study_ref, detail)
+    detail = {"instance": kept.instance_ref, "bytes": entry.size, "sha256": entry.sha256}
+    return audit.Act(kind[kept.outcome], entry.arrival.calling_ae, "", kept.study_ref, detail)
 
 
 def _sync_folder(folder: Path) -> None:
