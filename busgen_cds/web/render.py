@@ -37,6 +37,13 @@ def percent(share: float | None) -> str:
     return f"{round(value, 1 if 1 <= value <= 99 else 2):g} %"
 
 
+def interval(share: float, half: float) -> str:
+    """Where a share lies, 0 to 100 %, with as many decimals as its width asks for."""
+    low, high = 100 * max(0.0, share - half), 100 * min(1.0, share + half)
+    decimals = 0 if high - low >= 5 else 1 if high - low >= 0.5 else 2
+    return f"{low:.{decimals}f}–{high:.{decimals}f} %"
+
+
 def span(seconds: float | None) -> str:
     if seconds is None:
         return "–"
@@ -97,7 +104,7 @@ _environment = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-_environment.filters.update(percent=percent, span=span, local=local, moment=moment, size=size, as_json=as_json)
+_environment.filters.update(percent=percent, interval=interval, span=span, local=local, moment=moment, size=size, as_json=as_json)
 _environment.globals.update(chip=chip, not_a_diagnosis=NOT_A_DIAGNOSIS)
 
 

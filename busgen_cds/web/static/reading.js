@@ -24,6 +24,7 @@
   const shown = { contour: true, heat: false, mask: false };
   const pictures = new Map(); // "uid/frame" → Promise of ImageBitmap
   const veils = new Map(); // finding → ImageBitmap, or null while it is on its way
+  const blank = new Set(); // findings whose evidence nowhere reaches the threshold of drawing
   let edit = null; // { number, points, dragged }
   let playing = 0;
   let painted = null; // what the canvas of the frame itself holds
@@ -49,6 +50,17 @@
     return pictures.get(name);
   }
 
+  function isBlank(picture) {
+    const paper = document.createElement("canvas");
+    paper.width = picture.width;
+    paper.height = picture.height;
+    const pen = paper.getContext("2d");
+    pen.drawImage(picture, 0, 0);
+    const { data: values } = pen.getImageData(0, 0, paper.width, paper.height);
+    for (let i = 3; i < values.length; i += 4) if (values[i]) return false;
+    return true;
+  }
+
   function veil(number) {
     const region = number ? data.findings[number - 1].heat : data.keyHeat;
     if (!region) return null;
@@ -57,12 +69,14 @@
       fetch(`/studies/${data.study}/evidence/${data.revision}/${number}`)
         .then(async (answer) => {
           if (!answer.ok) throw new Error(await answer.text());
-          veils.set(number, await createImageBitmap(await answer.blob()));
+          const ready = await createImageBitmap(await answer.blob());
+          if (isBlank(ready)) blank.add(number);
+          veils.set(number, ready);
           draw();
         })
         .catch((failed) => tell(failed.message || "The evidence map cannot be shown.", true));
     }
-    return { region, picture: veils.get(number) };
+    return { region, picture: veils.get(number), blank: blank.has(number) };
   }
 
   function here() {
@@ -156,9 +170,11 @@
     if (!numbers.length && data.key && data.key.uid === slide().uid && data.key.frame === at.frame) numbers.push(0);
     const maps = shown.heat ? numbers.map(veil).filter(Boolean) : [];
     caption.hidden = !shown.heat;
-    caption.textContent = maps.length
-      ? "Evidence for the score, not the extent of a lesion · warm: malignant, cold: benign"
-      : "No evidence map for this frame";
+    caption.textContent = !maps.length
+      ? "No evidence map for this frame"
+      : maps.every((map) => map.blank)
+        ? "No evidence above the threshold of drawing in this frame"
+        : "Evidence for the score, not the extent of a lesion · warm: malignant, cold: benign";
     view.dataset.veiled = String(maps.some((map) => map.picture));
     for (const { region, picture: ready } of maps) {
       const [left, top, right, bottom] = region;
