@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from starlette.testclient import TestClient
 
@@ -25,6 +26,15 @@ from tests.web.practice import PASSWORD, Browser, Practice, served
 from tests.web.test_in_browser import Person
 
 QUICK = Sampling(steps=3, propose_steps=2, refine_steps=2)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """A tiny network gains nothing from more, and waits for them on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -242,6 +252,7 @@ def test_in_a_browser(address: str, chromium: Any, scheme: str) -> None:
     assert person.violations() == []
     person.page.check("input[name=healthy][value=normal_1]")
     person.page.fill("[name=count]", "2")
+    assert not person.page.locator("#take").is_visible()
     box = person.page.locator("#place").bounding_box()
     assert box
     person.page.mouse.click(box["x"] + box["width"] * 0.5, box["y"] + box["height"] * 0.5)
