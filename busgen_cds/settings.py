@@ -193,7 +193,7 @@ class Adaptation(_Section):
         default="fine-tune", description="All weights for a few steps, or the last ones alone."
     )
     kept: float = Field(
-        default=0.5, ge=0, le=1, description="Share of the weights before in the result: what keeps it from forgetting."
+        default=0.0, ge=0, le=1, description="Share of the weights before in the result: forgets less, and gains less."
     )
     steps: int = Field(default=48, ge=1, description="Steps of the fine-tuning.")
     generated: int = Field(default=200, ge=0, description="Images that the adapted generator makes.")

@@ -341,7 +341,10 @@ def _page(
             for f in found
         ),
         "",
-        *(f"- `{arm.name}`: {arm.says}." for arm in ARMS),
+        *(
+            f"- `{arm.name}`: {arm.says}{'' if arm.name in {f.arm for f in found} else ' (not run yet)'}."
+            for arm in ARMS
+        ),
         "",
         *_bars(found, settings),
         "",
@@ -360,16 +363,20 @@ def _bars(found: Sequence[Compared], settings: Settings) -> list[str]:
     lines = ["| bar | arm | found | |", "|---|---|---|---|"]
     for f in found:
         if f.cases == most:
-            lines.append(_bar(f"gain ≥ {BAR:+.2f} with {most} cases", f.arm, _signed(f.gain), f.gain.value >= BAR))
-            lines.append(_bar(f"BUS-BRA drops by ≤ {DROP:.2f}", f.arm, f"{f.home.value:+.3f}", f.home.value >= -DROP))
+            met, kept = f.gain.value >= BAR, f.home.value >= -DROP
+            lines.append(_bar(f"gain ≥ {BAR:+.2f} with {most} cases", f, settings, _signed(f.gain), met))
+            lines.append(_bar(f"BUS-BRA drops by ≤ {DROP:.2f}", f, settings, f"{f.home.value:+.3f}", kept))
         if f.cases == fewest:
             held = f.gain.low > LOWEST
-            lines.append(_bar(f"lower bound > {LOWEST:+.2f} with {fewest} cases", f.arm, f"{f.gain.low:+.3f}", held))
+            lines.append(
+                _bar(f"lower bound > {LOWEST:+.2f} with {fewest} cases", f, settings, f"{f.gain.low:+.3f}", held)
+            )
     return lines
 
 
-def _bar(bar: str, arm: str, found: str, met: bool) -> str:
-    return f"| {bar} | {arm} | {found} | {'met' if met else 'missed'} |"
+def _bar(bar: str, of: Compared, settings: Settings, found: str, met: bool) -> str:
+    few = f", on {of.draws} of {settings.draws} draws" if of.draws < settings.draws else ""
+    return f"| {bar} | {of.arm} | {found} | {'met' if met else 'missed'}{few} |"
 
 
 def _signed(interval: Interval) -> str:
