@@ -74,9 +74,10 @@ class Practice:
     ahead: timedelta = timedelta()
     pacs: outbox.Node | None = None
     resumed: list[str] = field(default_factory=list)
+    database_url: str = ""
 
     def __post_init__(self) -> None:
-        self.database = database.open(f"sqlite:///{self.folder / 'site.sqlite'}")
+        self.database = database.open(self.database_url or f"sqlite:///{self.folder / 'site.sqlite'}")
         self.vault = Vault(SITE_KEY)
         self.inbox = Inbox(self.folder / "inbox", self.database, self.vault, self.clock)
         self.results = Results(self.database, self.vault, self.clock)
