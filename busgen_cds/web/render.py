@@ -104,12 +104,16 @@ _environment = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-_environment.filters.update(percent=percent, interval=interval, span=span, local=local, moment=moment, size=size, as_json=as_json)
+_environment.filters.update(
+    percent=percent, interval=interval, span=span, local=local, moment=moment, size=size, as_json=as_json
+)
 _environment.globals.update(chip=chip, not_a_diagnosis=NOT_A_DIAGNOSIS)
 
 
-def _navigation(front: Front) -> list[tuple[str, str, str]]:
-    return [each for each in _NAVIGATION if each[0] != "/laboratory" or front.bench]
+def _navigation(front: Front, person: Person | None) -> list[tuple[str, str]]:
+    """The pages that this person may open."""
+    there = [each for each in _NAVIGATION if each[0] != "/laboratory" or front.bench]
+    return [(path, name) for path, name, right in there if person and right in person.rights]
 
 
 def page(request: Request, template: str, values: Mapping[str, Any] | None = None, status: int = 200) -> HTMLResponse:
@@ -119,7 +123,7 @@ def page(request: Request, template: str, values: Mapping[str, Any] | None = Non
         "site": front.site,
         "bundle": front.bundle(),
         "person": person,
-        "navigation": [(path, name) for path, name, right in _navigation(front) if person and right in person.rights],
+        "navigation": _navigation(front, person),
         "here": request.url.path,
         "now": front.site.clock(),
     }
