@@ -383,9 +383,9 @@ def generate(
     in_healthy: Annotated[
         bool, typer.Option(help="Grow each lesion in a healthy image that is generated first.")
     ] = False,
-    steps: Annotated[int | None, typer.Option(help="Steps of the sampler; 20 without it.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of the sampler; 16 without it.")] = None,
     guidance: Annotated[
-        float | None, typer.Option(help="1: as various as the training images, in half the time; 2 without it.")
+        float | None, typer.Option(help="1: as various as the training images, in half the time; 1.5 without it.")
     ] = None,
     unfiltered: Annotated[bool, typer.Option(help="For measurements only: nothing is dropped.")] = False,
 ) -> None:
