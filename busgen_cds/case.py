@@ -1,4 +1,4 @@
-"""What a reader confirmed: a de-identified frame and its truth, ready to learn from."""
+"""What a reader, a final report or pathology said of a de-identified frame, ready to learn from."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Case:
     patient_hash: str  # keyed hash: groups a patient's cases, names nobody
     tissue: NDArray[np.uint8] = field(repr=False)  # de-identified B-mode region
     mask: NDArray[np.bool_] | None = field(repr=False)
-    pathology: Pathology
+    pathology: Pathology  # as pathology found it, or as a reader's opinion has it: `origin` says which
     birads: str | None
     origin: Origin
     word: Word | None

@@ -9,17 +9,19 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from busgen_cds import truth
 from busgen_cds.truth import Conflict, Known
 
 if TYPE_CHECKING:
     from busgen_cds.app import Site
     from busgen_cds.flows.confirm_case import Outcome
+    from busgen_cds.store.casebook import Listed
 
 app = typer.Typer(no_args_is_help=True, help="The site's own loop.")
 console = Console(stderr=True)
@@ -104,7 +106,7 @@ def _say_what_became(site: Site, word: str) -> None:
 
 # ---- Cases
 
-cases_app = typer.Typer(no_args_is_help=True, help="What readers and pathology confirmed: the site's own cases.")
+cases_app = typer.Typer(no_args_is_help=True, help="What readers and pathology said: the site's own cases.")
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 
 
@@ -165,13 +167,14 @@ def cases_list(config: Config = HERE, as_json: Json = False) -> None:
             for o in outcomes
             if not isinstance(o.found, Known)
         ]
-        cases = [vars(each) | {"made_at": each.made_at.isoformat()} for each in kept]
+        cases = [_as_document(each) for each in kept]
         return out.print_json(json.dumps({"cases": cases, "doubts": doubts}))
-    table = Table("case", "study", "patient", "part", "truth", "category", "from", "on", "device")
+    table = Table("case", "study", "patient", "part", "says", "category", "from", "on", "device")
     for each in kept:
         table.add_row(
-            each.ref[:8], each.study_ref[:8], each.patient[:8], each.part, each.pathology, each.birads or "–",
-            each.origin, each.confirmed_on, each.device or "–",
+            each.ref[:8], each.study_ref[:8], each.patient[:8], each.part,
+            truth.in_words(each.pathology, each.origin), each.birads or "–", truth.source(each.origin),
+            each.confirmed_on, each.device or "–",
         )  # fmt: skip
     out.print(table)
     _tell(outcomes)
@@ -179,6 +182,13 @@ def cases_list(config: Config = HERE, as_json: Json = False) -> None:
         for report in found:
             out.print(f"  study {study_ref[:8]}: report {report.ref[:8]} says {report.pathology}, {report.reported_on}")
     return None
+
+
+def _as_document(case: Listed) -> dict[str, Any]:
+    """An opinion is not called pathology."""
+    document = vars(case) | {"made_at": case.made_at.isoformat()}
+    document["says"] = truth.in_words(case.pathology, case.origin)
+    return document if case.origin == "pathology" else {k: v for k, v in document.items() if k != "pathology"}
 
 
 def _conflict(outcome: Outcome) -> bool:

@@ -4,6 +4,7 @@ Rules:
 - Pathology outweighs an opinion, but where the two disagree nobody is believed: the conflict is shown.
 - A category of 2 or 3 says benign, 4C or 5 malignant; 4A and 4B say neither, and wait for pathology.
 - "Malignant" for a study with several findings does not say which: readers reject those that it does not mean.
+- A reader's word and a report's category are opinions: they are recorded and shown as opinions, never as pathology.
 - A rejected finding makes a normal frame, unless the frame was of no use or shows another finding that stands.
 """
 
@@ -16,6 +17,19 @@ from busgen_cds.case import Origin, Pathology, Word
 
 OPINIONS: dict[str, Pathology] = {"2": "benign", "3": "benign", "4C": "malignant", "5": "malignant"}
 NO_LESION = frozenset({"no lesion here", "normal structure", "artefact"})
+
+_LOOKS: dict[str, str] = {"benign": "benign-looking", "malignant": "suspicious", "normal": "no lesion seen"}
+_SOURCES: dict[str, str] = {"reader": "a reader's opinion", "report": "a final report's opinion"}
+
+
+def source(origin: str) -> str:
+    """What a case was made from."""
+    return _SOURCES.get(origin, "pathology")
+
+
+def in_words(pathology: str, origin: str) -> str:
+    """What a case says: a finding of pathology by its name, an opinion by what was seen."""
+    return _LOOKS[pathology] if origin in _SOURCES else pathology
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ import numpy as np
 import sqlalchemy as sa
 from sqlalchemy.orm import Mapped, mapped_column
 
+from busgen_cds import truth
 from busgen_cds.case import Case, Pathology
 from busgen_cds.pathology import Report
 from busgen_cds.result import BundleName
@@ -189,9 +190,10 @@ class Casebook:
                 session.execute(sa.insert(_cases).values(values))
             else:
                 session.execute(sa.update(_cases).where(mine).values(values))
-            detail = {"case": ref, "finding": finding, "pathology": one.pathology, "origin": one.origin, "part": part}
-            kind = "case replaced" if before else "case confirmed"
-            audit.record(session, audit.Act(kind, who, one.pathology, study_ref, detail), at=now)
+            says = truth.in_words(one.pathology, one.origin)
+            detail = {"case": ref, "finding": finding, "says": says, "origin": one.origin, "part": part}
+            kind = f"case {'replaced' if before else 'made'} from {truth.source(one.origin)}"
+            audit.record(session, audit.Act(kind, who, says, study_ref, detail), at=now)
         return True
 
     def drop(self, study_ref: str, finding: int, *, reason: str, who: str) -> bool:

@@ -15,6 +15,7 @@ from busgen_cds import learning_loop
 from busgen_cds.arrival import Arrival, Peek
 from busgen_cds.flows import confirm_case
 from busgen_cds.pathology import Report
+from busgen_cds.store import audit
 from busgen_cds.store.casebook import Casebook
 from busgen_cds.store.cases import Word
 from busgen_cds.truth import Conflict, Known, Open
@@ -65,6 +66,27 @@ def test_an_agreed_finding_becomes_a_sealed_case_once(site: Site) -> None:
     assert case.said_by is not None and case.said_by.version == "1.2"
     stored = (site.folder / "site.sqlite").read_bytes() + (site.folder / "site.sqlite-wal").read_bytes()
     assert case.tissue.tobytes()[5000:5400] not in stored
+
+
+@pytest.mark.parametrize(
+    ("category", "proven", "kind", "says"),
+    [
+        ("4C", "", "case made from a reader's opinion", "suspicious"),
+        ("3", "", "case made from a reader's opinion", "benign-looking"),
+        ("4C", "malignant", "case made from pathology", "malignant"),
+    ],
+)
+def test_an_opinion_is_recorded_as_an_opinion(site: Site, category: str, proven: str, kind: str, says: str) -> None:
+    """A reader who agrees has an opinion: the record calls it neither pathology nor confirmed."""
+    ref = site.study(1, Says(category))
+    site.says(ref, "agree")
+    if proven:
+        site.proves(ref, proven)
+    confirm_case.gather(site.stations)
+    (entry,) = audit.entries(site.database, audit.Wanted(kind="case "))
+    assert (entry.act.kind, entry.act.what, entry.act.detail["says"]) == (kind, says, says)
+    if not proven:
+        assert not [word for word in (b"pathology", b"confirmed", b"malignant", b'benign"') if word in entry.line()]
 
 
 def test_no_name_and_no_writing_is_in_a_case(site: Site, tmp_path: Path) -> None:
