@@ -4,7 +4,7 @@ Rules:
 - A result, its objects, its deliveries and its act are kept in one transaction, or not at all.
 - The same evidence read by the same bundle is kept once; a study has exactly one current result.
 - Objects are kept as bytes and never change, so that one UID never has two contents.
-- A newer result supersedes loudly: it names the one it replaces, what was not yet sent of the old one is withdrawn,
+- A newer result supersedes loudly: it names all that reached a destination, what was not yet sent is withdrawn,
   and an act sounds the alarm when it ranks lower in triage.
 - Documents and objects are sealed under the study's key: destroying that key shreds them.
 """
@@ -347,9 +347,20 @@ class Results:
             return _last_revision(session, study_ref) + 1
 
     def previous(self, study_ref: str) -> Previous | None:
-        """What a revision made now would replace."""
+        """What a revision made now would replace: of all that was rendered, what some destination has."""
         entry = self.current(study_ref)
-        return Previous(entry.revision, entry.outcome, self.objects(entry.ref)) if entry else None
+        if entry is None:
+            return None
+        sent_again = (_delivered.c.state == "waiting") & (_delivered.c.reason != "")
+        arrived = _delivered.c.state.in_(("sent", "confirmed")) | sent_again
+        mine = sa.select(_results.c.ref).where(_results.c.study_ref == study_ref)
+        query = sa.select(_rendered).where(
+            _rendered.c.result_ref.in_(mine),
+            _rendered.c.ref.in_(sa.select(_delivered.c.rendered_ref).where(arrived)),
+        )
+        in_order = query.join(_results, _results.c.ref == _rendered.c.result_ref)
+        objects = self._open_objects(in_order.order_by(_results.c.revision, _rendered.c.number))
+        return Previous(entry.revision, entry.outcome, objects)
 
     def listing(
         self,
@@ -609,7 +620,8 @@ class Results:
         mine = _deliveries.c.result_ref == result_ref
         if destination is not None:
             mine &= _deliveries.c.destination == destination
-        return self._reopen(mine, who, "delivery asked for again", objects=("sent", "confirmed", "refused"))
+        sent = ("sent", "confirmed", "refused")
+        return self._reopen(mine, who, "delivery asked for again", objects=sent, reason="asked for again")
 
     def retry(self, study_ref: str, *, who: str) -> tuple[Delivery, ...]:
         """Take up the study's parked deliveries again, with what was refused."""
@@ -619,7 +631,7 @@ class Results:
         return self._reopen(mine, who, "delivery taken up again", objects=("refused",))
 
     def _reopen(
-        self, which: sa.ColumnElement[bool], who: str, act: str, *, objects: tuple[str, ...]
+        self, which: sa.ColumnElement[bool], who: str, act: str, *, objects: tuple[str, ...], reason: str = ""
     ) -> tuple[Delivery, ...]:
         now = self._clock()
         again = {"state": "waiting", "reason": "", "next_try_at": now, "since": now}
@@ -633,7 +645,7 @@ class Results:
             session.execute(
                 sa.update(_delivered)
                 .where(_delivered.c.delivery_ref.in_(refs), _delivered.c.state.in_(objects))
-                .values(state="waiting", reason="", at=now)
+                .values(state="waiting", reason=reason, at=now)
             )
             acts = [audit.Act(act, who, "", row.study_ref, {"to": row.destination}) for row in rows]
             audit.record(session, *acts, at=now)

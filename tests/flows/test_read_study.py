@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -56,6 +57,25 @@ def test_a_late_image_supersedes_loudly(tmp_path: Path) -> None:
         )
         assert it.acts("category fell") == 1
         assert [item.state for item in waiting(it)] == ["alarm"]
+
+
+def test_the_pacs_is_down_between_revisions(tmp_path: Path) -> None:
+    """Rule 7: a revision replaces what the PACS really has, of whichever revision, and nothing that it has not."""
+    with hospital.opened(tmp_path, prepare=_takes_rejection_notes) as it:
+        lesion = a_lesion(4)
+        study = it.scanner.sends(lesion[:2])
+        it.settles()
+        first = {str(each.SOPInstanceUID) for each in it.pacs.of(study)}
+        (old,) = it.reports(study)
+        it.pacs.goes_down()
+        for revision in (2, 3):
+            it.scanner.sends([lesion[revision]])
+            it.waits_until(lambda now=revision: it.result(study).entry.revision == now)
+        it.pacs.comes_up()
+        it.settles()
+        (note,) = it.pacs.of(study, modality="KO")
+        assert set(_referenced(note.CurrentRequestedProcedureEvidenceSequence)) == first
+        assert _referenced(it.reports(study)[-1].PredecessorDocumentsSequence) == [str(old.SOPInstanceUID)]
 
 
 def test_declined_is_delivered_and_supersedes(tmp_path: Path) -> None:
@@ -399,6 +419,11 @@ def test_results_are_listed_searched_and_shown(tmp_path: Path, order: str) -> No
 
 def waiting(it: Hospital) -> list[queue.Item]:
     return queue.items(it.site.inbox, it.site.results, it.site.jobs, now=it.clock())
+
+
+def _referenced(studies: Any) -> list[str]:
+    series = [each for study in studies for each in study.ReferencedSeriesSequence]
+    return [str(item.ReferencedSOPInstanceUID) for each in series for item in each.ReferencedSOPSequence]
 
 
 def _takes_rejection_notes(it: Hospital) -> None:
