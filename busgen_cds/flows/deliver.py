@@ -38,6 +38,9 @@ def _send(delivery_ref: str, tries: int) -> str:
     if delivery is None or delivery.tries != tries or delivery.state not in ("waiting", "asked"):
         return "overtaken"
     try:
+        if not services.results.is_current(delivery.result_ref):
+            services.results.move(delivery, "withdrawn", reason="superseded")
+            return "superseded"
         refusal = _may_not(services, delivery)
         if refusal:
             services.results.move(delivery, "parked", reason=refusal)

@@ -26,7 +26,7 @@ from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from busgen_cds import signing
 from busgen_cds.birads import Category
-from busgen_cds.errors import Shredded, Transient, Untrusted
+from busgen_cds.errors import Misconfigured, Shredded, Transient, Untrusted
 from busgen_cds.result import Assessed, BundleName, Declined, Finding, HeatMap, Kind, Rendered, Result, triage
 from busgen_cds.store import audit
 from busgen_cds.store.database import Base, Blind, Database, Sealed, UtcTime
@@ -617,6 +617,8 @@ class Results:
 
     def resend(self, result_ref: str, *, who: str, destination: str | None = None) -> tuple[Delivery, ...]:
         """Send all objects of a result again, byte for byte; also those that were refused or confirmed."""
+        if not self.is_current(result_ref):
+            raise Misconfigured("A newer revision replaced this result: send the current one again.")
         mine = _deliveries.c.result_ref == result_ref
         if destination is not None:
             mine &= _deliveries.c.destination == destination
@@ -628,6 +630,7 @@ class Results:
         refused = sa.select(_delivered.c.delivery_ref).where(_delivered.c.state == "refused")
         mine = (_deliveries.c.study_ref == study_ref) & (_deliveries.c.state != "withdrawn")
         mine &= (_deliveries.c.state == "parked") | _deliveries.c.ref.in_(refused)
+        mine &= _deliveries.c.result_ref.in_(sa.select(_results.c.ref).where(_results.c.current == sa.true()))
         return self._reopen(mine, who, "delivery taken up again", objects=("refused",))
 
     def _reopen(

@@ -6,7 +6,9 @@ import io
 from pathlib import Path
 
 import pydicom
+import pytest
 
+from busgen_cds.errors import Misconfigured
 from busgen_cds.flows.services import Destination
 from tests import hospital
 from tests.flows.test_read_study import waiting
@@ -147,6 +149,7 @@ def test_another_patient_at_the_pacs(tmp_path: Path) -> None:
         it.desk.release(it.site.inbox, it.ref(study), who="operator")
         it.settles()
         assert len(it.reports(study)) == 1
+        assert {str(each.PatientID) for each in it.pacs.of(study)} == {"RIGHT"}
         assert it.reader.reads == [study]
 
 
@@ -175,6 +178,23 @@ def test_superseded_before_it_was_sent(tmp_path: Path) -> None:
         it.waits_until(lambda: it.site.results.current(it.ref(study)))
         it.scanner.sends(a_lesion(2)[1:])
         it.waits_until(lambda: it.result(study).entry.revision == 2)
+        it.pacs.comes_up()
+        it.settles()
+        assert ["REV 2" in report.SeriesDescription for report in it.reports(study)] == [True]
+
+
+def test_a_superseded_result_is_never_sent_again(tmp_path: Path) -> None:
+    """`resend` of a result that was replaced is refused, and nothing of it reaches the PACS."""
+    with hospital.opened(tmp_path) as it:
+        lesion = a_lesion(2)
+        it.pacs.goes_down()
+        study = it.scanner.sends(lesion[:1])
+        it.waits_until(lambda: it.site.inbox.find_study(study) and it.site.results.current(it.ref(study)))
+        old = it.result(study).entry
+        it.scanner.sends(lesion[1:])
+        it.waits_until(lambda: it.result(study).entry.revision == 2)
+        with pytest.raises(Misconfigured, match="newer revision"):
+            it.desk.resend(old.ref, who="operator")
         it.pacs.comes_up()
         it.settles()
         assert ["REV 2" in report.SeriesDescription for report in it.reports(study)] == [True]
