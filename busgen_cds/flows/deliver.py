@@ -103,8 +103,11 @@ def _confirm(delivery_ref: str, tries: int) -> str:
 
 
 def _ask_commitment(services: Services, delivery: Delivery) -> str:
+    if _given_up(services, delivery, "stored, but storage commitment was never confirmed."):
+        return "parked"
     transaction = outbox.new_transaction_uid()
-    again_at = services.clock() + timedelta(seconds=services.waits.commitment_again)
+    wait = max(services.waits.commitment_again, services.waits.retry(delivery.tries))
+    again_at = services.clock() + timedelta(seconds=wait)
     services.results.move(
         delivery, "asked", reason="Waiting for storage commitment.", next_try_at=again_at, transaction_uid=transaction
     )
@@ -135,10 +138,16 @@ def _answer_failure(services: Services, delivery: Delivery, error: Exception) ->
     return state
 
 
-def _later(services: Services, delivery: Delivery, reason: str) -> str:
+def _given_up(services: Services, delivery: Delivery, reason: str) -> bool:
     waited = (services.clock() - delivery.since).total_seconds()
-    if waited > services.waits.give_up:
-        services.results.move(delivery, "parked", reason=f"Given up after {waited / 86400:.0f} days: {reason}")
+    if waited <= services.waits.give_up:
+        return False
+    services.results.move(delivery, "parked", reason=f"Given up after {waited / 86400:.0f} days: {reason}")
+    return True
+
+
+def _later(services: Services, delivery: Delivery, reason: str) -> str:
+    if _given_up(services, delivery, reason):
         return "parked"
     delay = timedelta(seconds=services.waits.retry(delivery.tries))
     services.results.move(delivery, "waiting", reason=reason, next_try_at=services.clock() + delay)

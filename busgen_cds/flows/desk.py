@@ -181,10 +181,14 @@ class Desk:
 
     def committed(self, word: Commitment) -> None:
         """A PACS's word on what it got from us, heard on an association of its own."""
-        again_at = datetime.now(UTC) + timedelta(seconds=self.waits.first_retry)
+        asked = self.results.by_transaction(word.transaction_uid)
+        if asked is None:
+            return
+        wait = self.waits.retry(asked.tries)
+        again_at = datetime.now(UTC) + timedelta(seconds=wait)
         delivery = self.results.heard(word.transaction_uid, word.kept, word.failed, again_at=again_at)
         if delivery is not None and delivery.state == "waiting":
-            self.deliver(delivery, after_seconds=self.waits.first_retry)
+            self.deliver(delivery, after_seconds=wait)
 
     # -- an operator's verbs -----------------------------------------------------------------------------------------
 

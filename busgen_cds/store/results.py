@@ -116,6 +116,15 @@ class DeliveryTable(Base):
     transaction_uid: Mapped[str] = mapped_column(sa.String(64), index=True)
 
 
+class CommitmentTable(Base):
+    """Every request for storage commitment: a PACS may answer an early one after a later one was made."""
+
+    __tablename__ = "commitment"
+
+    transaction_uid: Mapped[str] = mapped_column(sa.String(64), primary_key=True)
+    delivery_ref: Mapped[str] = mapped_column(sa.ForeignKey("delivery.ref"), index=True)
+
+
 class DeliveredTable(Base):
     __tablename__ = "delivered"
     __table_args__ = (sa.Index("ix_delivered_state", "state", "delivery_ref"),)
@@ -130,6 +139,7 @@ class DeliveredTable(Base):
 _tables = Base.metadata.tables
 _results, _rendered = _tables["result"], _tables["rendered"]
 _deliveries, _delivered = _tables["delivery"], _tables["delivered"]
+_commitments = _tables["commitment"]
 _studies, _instances = _tables[StudyTable.__tablename__], _tables[InstanceTable.__tablename__]
 
 
@@ -574,6 +584,9 @@ class Results:
         as_seen &= _deliveries.c.state.not_in(("withdrawn",))
         with self._database.transaction() as session:
             moved = _changed(session, sa.update(_deliveries).where(as_seen).values(values))
+            if moved and transaction_uid:
+                asked = {"transaction_uid": transaction_uid, "delivery_ref": delivery.ref}
+                session.execute(sa.insert(_commitments).values(asked))
             if moved and state == "parked":
                 detail = {"to": delivery.destination}
                 act = audit.Act("delivery parked", "delivery", reason, delivery.study_ref, detail)
@@ -593,22 +606,31 @@ class Results:
         return [Delivery(**row._mapping) for row in rows]
 
     def by_transaction(self, transaction_uid: str) -> Delivery | None:
-        found = self._deliveries_where(_deliveries.c.transaction_uid == transaction_uid) if transaction_uid else ()
+        """The delivery for which a PACS was once asked to commit, by this request or by one before the last."""
+        asked = sa.select(_commitments.c.delivery_ref).where(_commitments.c.transaction_uid == transaction_uid)
+        found = self._deliveries_where(_deliveries.c.ref.in_(asked))
         return found[0] if found else None
 
     def heard(
         self, transaction_uid: str, kept: Iterable[str], failed: Iterable[tuple[str, str]], *, again_at: datetime
     ) -> Delivery | None:
-        """A PACS's word on a request for storage commitment: what it does not keep is to be sent again."""
+        """A PACS's word on a request for storage commitment: what it does not keep is to be sent again.
+
+        That it keeps something counts whenever it says so; that it does not, only in answer to the last request."""
         delivery = self.by_transaction(transaction_uid)
-        if delivery is None or delivery.state != "asked":
-            return delivery
+        if delivery is None:
+            return None
         for uid in kept:
             self.said(delivery, uid, "confirmed")
-        for uid, reason in failed:
+        newest = delivery.state == "asked" and delivery.transaction_uid == transaction_uid
+        for uid, reason in failed if newest else ():
             self.said(delivery, uid, "waiting", f"not committed: {reason}")
         states = {each.state for each in self.delivered(delivery.ref)}
+        if delivery.state in ("done", "withdrawn"):
+            return delivery
         if "waiting" in states:
+            if not newest:
+                return delivery
             reason = f"{delivery.destination} does not keep what it stored: it is sent again."
             self.move(delivery, "waiting", reason=reason, next_try_at=again_at)
         elif "sent" not in states:

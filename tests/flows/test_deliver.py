@@ -8,6 +8,7 @@ from pathlib import Path
 import pydicom
 import pytest
 
+from busgen_cds.dicom.commitment import Commitment
 from busgen_cds.errors import Misconfigured
 from busgen_cds.flows.services import Destination
 from tests import hospital
@@ -117,6 +118,48 @@ def test_commitment_is_asked_for_until_it_comes(tmp_path: Path) -> None:
         it.pacs.commits = True
         it.settles()
         assert {each.state for each in it.result(study).delivered} == {"confirmed"}
+
+
+def test_a_late_word_of_commitment_counts(tmp_path: Path) -> None:
+    """The PACS's word on an earlier request is heard, though it was asked again since."""
+    with hospital.opened(tmp_path, prepare=_commits, waits=hospital.quicker(commitment=0.1)) as it:
+        it.pacs.commits = None
+        study = it.scanner.sends(a_lesion(1))
+        first = it.waits_until(lambda: _asked(it))
+        it.waits_until(lambda: _asked(it) not in ("", first))
+        it.desk.committed(Commitment(first, tuple(each.sop_instance_uid for each in it.result(study).delivered)))
+        it.settles()
+        assert {each.state for each in it.result(study).delivered} == {"confirmed"}
+
+
+def test_commitment_that_never_comes_is_given_up(tmp_path: Path) -> None:
+    """A PACS that stores and never commits is asked for days; then the delivery is parked and says so."""
+    with hospital.opened(tmp_path, prepare=_commits, waits=hospital.quicker(commitment=0.1)) as it:
+        it.pacs.commits = None
+        study = it.scanner.sends(a_lesion(1))
+        it.waits_until(lambda: _asked(it))
+        it.clock.passes(days=15)
+        it.settles()
+        assert "Given up after 15 days" in it.parked(study) and "commitment" in it.parked(study)
+
+
+def test_not_committed_again_and_again(tmp_path: Path) -> None:
+    """What a PACS stores and does not keep is sent again after delays that grow, and not for ever."""
+    waits = hospital.quicker(commitment=0.1, commitment_again=60, first_retry=0.2, longest_retry=600)
+    with hospital.opened(tmp_path, prepare=_commits, waits=waits) as it:
+        it.pacs.commits = None
+        study = it.scanner.sends(a_lesion(1))
+        delays, last = [], ""
+        for _ in range(3):
+            last = it.waits_until(lambda said=last: _asked(it) if _asked(it) not in ("", said) else "")
+            uids = [each.sop_instance_uid for each in it.result(study).delivered]
+            it.desk.committed(Commitment(last, (), tuple((uid, "resource limitation") for uid in uids)))
+            (delivery,) = it.site.results.undelivered()
+            delays.append((delivery.next_try_at - it.clock()).total_seconds())
+        assert delays[0] < delays[1] < delays[2]
+        it.clock.passes(days=15)
+        it.settles()
+        assert "Given up after 15 days" in it.parked(study)
 
 
 def test_what_the_pacs_lost_is_sent_again(tmp_path: Path) -> None:
@@ -258,6 +301,11 @@ def _data_set(part10: bytes) -> bytes:
     file.seek(132)
     meta = pydicom.filereader._read_file_meta_info(file)
     return part10[132 + 12 + meta.FileMetaInformationGroupLength :]
+
+
+def _asked(it: Hospital) -> str:
+    """The request for storage commitment that is under way."""
+    return next((each.transaction_uid for each in it.site.results.undelivered() if each.state == "asked"), "")
 
 
 def _commits(it: Hospital) -> None:
