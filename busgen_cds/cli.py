@@ -11,12 +11,14 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -49,6 +51,7 @@ Config = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 HERE = Path(settings.FILE)
+WIDE = 100  # characters; from here on a table has room for a whole reference
 
 
 def main() -> None:
@@ -418,8 +421,12 @@ def _full(site: Site, ref: str) -> str:
 @app.command()
 def queue(
     config: Config = HERE,
-    retry: Annotated[str | None, typer.Option(help="Try a study's stuck work again, by its reference.")] = None,
-    release: Annotated[str | None, typer.Option(help="Let a held study go on, by its reference.")] = None,
+    retry: Annotated[
+        str | None, typer.Option(help="Try a study's stuck work again, by its reference or how that begins.")
+    ] = None,
+    release: Annotated[
+        str | None, typer.Option(help="Let a held study go on, by its reference or how that begins.")
+    ] = None,
     patient: Annotated[str, typer.Option(help="With --release: the patient id whose study it is.")] = "",
     issuer: Annotated[str, typer.Option(help="With --patient: the issuer of that id.")] = "",
     resume: Annotated[bool, typer.Option("--resume", help="Let a stopped engine be used again.")] = False,
@@ -431,21 +438,32 @@ def queue(
 
     site = _open(config)
     if retry:
-        taken = site.desk.retry(retry, who=who)
+        taken = site.desk.retry(operating.waiting_study(site, retry), who=who)
         return out.print(f"Taken up again: {', '.join(taken) or 'nothing; it is not stuck'}.")
     if release:
         from busgen_cds.study import Patient
 
         stated = Patient(id=patient, issuer=issuer) if patient else None
-        site.desk.release(site.inbox, release, who=who, patient=stated)
+        site.desk.release(site.inbox, operating.waiting_study(site, release), who=who, patient=stated)
         return out.print("The study goes on.")
     if resume:
         return out.print("The engine is used again." if site.desk.resume(who=who) else "It was not stopped.")
     waiting = operating.queue(site)
     if as_json:
         return _print_json(waiting)
+    if not waiting:
+        return out.print("Nothing waits.")
     columns = ("what", "ref", "state", "destination", "reason", "verb")
-    return _table(columns, [[each[name] for name in columns] for each in waiting])
+    rows = [[*(each[name] for name in columns), _until(each["next_try_at"])] for each in waiting]
+    return _table((*columns, "next try"), rows, whole=("ref",) if out.width >= WIDE else ())
+
+
+def _until(moment: datetime | None) -> str:
+    if moment is None:
+        return ""
+    seconds = (moment - datetime.now(UTC)).total_seconds()
+    left = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+    return f"{moment.astimezone():%H:%M:%S}, in {left}" if seconds > 0 else "now"
 
 
 # ---- Printing
@@ -455,10 +473,13 @@ def _print_json(document: Any) -> None:
     sys.stdout.write(json.dumps(document, indent=1, default=str) + "\n")
 
 
-def _table(heads: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
-    table = Table(*heads, box=None, header_style="bold")
+def _table(heads: Iterable[str], rows: Iterable[Iterable[Any]], *, whole: Collection[str] = ()) -> None:
+    """What is too long is wrapped, never cut; the columns `whole` are not even wrapped."""
+    table = Table(box=None, header_style="bold")
+    for head in heads:
+        table.add_column(head, overflow="fold", no_wrap=head in whole)
     for row in rows:
-        table.add_row(*(str(cell) for cell in row))
+        table.add_row(*(escape(str(cell)) for cell in row))
     out.print(table)
 
 

@@ -24,6 +24,15 @@ def queue(site: Site) -> list[dict[str, Any]]:
     return [dataclasses.asdict(item) for item in found]
 
 
+def waiting_study(site: Site, begins: str) -> str:
+    """The one study in the queue whose reference begins so."""
+    known = {each["ref"] for each in queue(site) if each["what"] in ("study", "delivery", "object")}
+    found = [ref for ref in known if ref.startswith(begins)]
+    if len(found) != 1:
+        raise Misconfigured(f"{len(found)} studies in the queue begin with {begins!r}: see `busgen-cds queue`.")
+    return found[0]
+
+
 def document(site: Site, result_ref: str) -> dict[str, Any]:
     """One result with its objects and their deliveries."""
     shown = site.results.show(result_ref)
