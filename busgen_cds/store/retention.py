@@ -1,8 +1,9 @@
 """Letting go of studies: by a person's word, or by the site's rules of how long each kind is kept.
 
 Rules:
-- A study is let go as a whole: its key, its images, its results and objects, what readers noted, what names it.
-  What stays are the opaque reference, the figures of its result, and the record of acts.
+- A study is let go as a whole: its key, its images, its results and objects, what readers noted, what was reported
+  of it, what names it. What stays are the opaque reference, the figures of its result, the record of acts, and the
+  cases that were made of it: they name nobody, and are let go as cases.
 - A study with anything undelivered, under way, stuck or held is never let go by a rule; a person may insist.
 - How long counts from the last thing that happened to the study: its last image, result or word.
 - Nothing is let go unless the site says for how long its kind is kept.
@@ -18,6 +19,7 @@ from typing import Any, Literal, get_args
 import sqlalchemy as sa
 
 from busgen_cds.errors import Misconfigured
+from busgen_cds.store.casebook import PathologyTable
 from busgen_cds.store.cases import WordTable
 from busgen_cds.store.database import Database, table_of
 from busgen_cds.store.inbox import Inbox, InstanceTable, QuarantineTable, StudyTable
@@ -31,7 +33,7 @@ AT_ONCE = 200
 
 _studies, _instances, _quarantine = table_of(StudyTable), table_of(InstanceTable), table_of(QuarantineTable)
 _results, _rendered, _deliveries = table_of(ResultTable), table_of(RenderedTable), table_of(DeliveryTable)
-_words, _jobs = table_of(WordTable), table_of(JobTable)
+_words, _jobs, _pathology = table_of(WordTable), table_of(JobTable), table_of(PathologyTable)
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,8 @@ class Letting:
 
     def _let_go(self, connection: sa.Connection, study_ref: str) -> None:
         mine = _results.c.study_ref == study_ref
+        numbers = sa.select(_results.c.accession_blind).where(mine, _results.c.accession_blind != "")
+        connection.execute(sa.delete(_pathology).where(_pathology.c.accession_blind.in_(numbers)))
         connection.execute(sa.update(_results).where(mine).values(document=b"", accession=None, accession_blind=""))
         refs = sa.select(_results.c.ref).where(mine)
         connection.execute(sa.update(_rendered).where(_rendered.c.result_ref.in_(refs)).values(data=b""))

@@ -146,3 +146,22 @@ def test_a_key_file_that_changes_is_taken_up(tmp_path: Path, monkeypatch: pytest
     assert running.open_text(sealed) == "a"
     path.unlink()
     assert running.open_text(sealed) == "a"
+
+
+def test_what_was_reported_of_a_shredded_study_goes_with_it(letting: Letting) -> None:
+    """A pathology report that waits under the study's accession number goes with the study; others stay."""
+    ref, keys = kept(letting.inbox, "1.2.3"), letting.vault
+    answered(letting, ref)
+    table = database.all_tables().tables["pathology"]
+    named = {
+        "patient_blind": keys.blind("P-1"), "patient": keys.seal_text("P-1"), "pathology": "benign",
+        "reported_on": "2026-01-02", "withdrawn": False, "received_at": NOW,
+    }  # fmt: skip
+    with letting.database.transaction() as session:
+        for number in ("A-77", "A-78"):
+            sealed = {"accession_blind": keys.blind(number), "accession": keys.seal_text(number)}
+            values = {**named, **sealed, "ref": number}
+            session.execute(sa.insert(table).values(**values))
+    assert letting.shred(ref, "ann") == []
+    with letting.database.reading() as session:
+        assert session.execute(sa.select(table.c.ref)).scalars().all() == ["A-78"]
