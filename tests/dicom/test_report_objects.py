@@ -140,7 +140,7 @@ def test_odd_headers_never_stop_a_result(odd: str) -> None:
 
 
 def test_no_text_of_ours_is_too_long(recwarn: pytest.WarningsRecorder) -> None:
-    """Our own texts keep to DICOM's lengths, however long names are; a patient's id goes out whole, without a warning."""
+    """Our own texts keep to DICOM's lengths, however long names are; a patient's id goes out whole, unwarned."""
     study = dataclasses.replace(answers.breast(), patient=Patient(*["9" * 65] * 5), header=Header(*["x" * 300] * 6))
     result = dataclasses.replace(answers.assessed(study), bundle=BundleName("b" * 70, "1" * 70, "c" * 64))
     for it in objects.render(study, result, rendered_at=answers.AT):
