@@ -2,7 +2,7 @@
 
 While a request of ours is under way, pynetdicom pauses that thread: it would take the answer for a request and drop
 it, and the sender waits for ever. But it looks at a flag that stays true for a moment after the thread has woken up;
-on a busy machine one answer in some hundreds is lost in that moment.
+on a busy machine an answer is lost in that moment now and then.
 
 Rules:
 - `Checkpoint.clear`, which pynetdicom calls before each request, returns only when the thread stands in `wait`, has
