@@ -143,6 +143,8 @@ def page(
             if seen
         ),
         "",
+        "Where other work shares the cores the two rows are of different moments, and their difference concludes nothing.",
+        "",
     ]
 
 
