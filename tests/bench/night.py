@@ -143,7 +143,7 @@ def page(
             if seen
         ),
         "",
-        "Where other work shares the cores the two rows are of different moments, and their difference concludes nothing.",
+        "Where other work shares the cores, the two rows are of different loads: their difference concludes nothing.",
         "",
     ]
 
