@@ -26,7 +26,7 @@ def queue(site: Site) -> list[dict[str, Any]]:
 
 def waiting_study(site: Site, begins: str) -> str:
     """The one study in the queue whose reference begins so."""
-    known = {each["ref"] for each in queue(site) if each["what"] in ("study", "delivery", "object")}
+    known: set[str] = {each["ref"] for each in queue(site) if each["what"] in ("study", "delivery", "object")}
     found = [ref for ref in known if ref.startswith(begins)]
     if len(found) != 1:
         raise Misconfigured(f"{len(found)} studies in the queue begin with {begins!r}: see `busgen-cds queue`.")

@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import secrets
 from collections.abc import Callable
+from dataclasses import replace
 
 from fastapi import FastAPI
 
@@ -15,6 +16,7 @@ from busgen_cds.bundle import CARD, Bundle
 from busgen_cds.dicom import outbox, screen
 from busgen_cds.dicom.screen import Screen
 from busgen_cds.errors import Misconfigured, Untrusted
+from busgen_cds.result import Answer
 from busgen_cds.settings import Settings
 from busgen_cds.store import vault
 from busgen_cds.store.people import People
@@ -121,12 +123,25 @@ class _Live:
     def __init__(self, site: Site) -> None:
         self._site = site
         self._shown: tuple[Standing, web.LiveBundle | None] | None = None
+        self._ran: tuple[str, str, str] = "", "", ""  # the newest result, the bundle that made it, what it ran on
 
     def __call__(self) -> web.LiveBundle | None:
         standing = self._site.shelf.standing()
         if self._shown is None or self._shown[0] != standing:
             self._shown = standing, self._look()
-        return self._shown[1]
+        live = self._shown[1]
+        return replace(live, provider=self._provider(live)) if live else None
+
+    def _provider(self, live: web.LiveBundle) -> str:
+        """What the newest result of this bundle says that it ran on; until there is one, what was asked for."""
+        results = self._site.results
+        newest = next((each for each in results.listing(limit=20) if each.outcome != "not-for-us"), None)
+        if newest is not None and newest.ref != self._ran[0]:
+            shown = results.show(newest.ref)
+            answer = shown.answer if shown else None
+            if isinstance(answer, Answer):
+                self._ran = newest.ref, answer.bundle.digest, answer.provider
+        return self._ran[2] if self._ran[1] == live.name.digest else live.provider
 
     def _look(self) -> web.LiveBundle | None:
         try:
@@ -140,7 +155,7 @@ def _described(opened: Bundle, chosen: Settings) -> web.LiveBundle:
     manifest = opened.manifest
     return web.LiveBundle(
         name=opened.name,
-        provider=f"{chosen.reader.device} (each result names what it ran on)",
+        provider=f"nothing read yet; device = {chosen.reader.device}",
         created=manifest.created,
         card=opened.files[CARD].decode(),
         figures=manifest.figures,

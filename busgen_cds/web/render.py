@@ -14,7 +14,7 @@ from markupsafe import Markup
 from starlette.responses import HTMLResponse
 
 from busgen_cds.store.people import Person
-from busgen_cds.web import auth
+from busgen_cds.web import auth, card
 from busgen_cds.web.front import Front
 from busgen_cds.web.site import NOT_A_DIAGNOSIS
 
@@ -107,6 +107,7 @@ _environment = Environment(
 _environment.filters.update(
     percent=percent, interval=interval, span=span, local=local, moment=moment, size=size, as_json=as_json
 )
+_environment.filters.update(card=card.html)
 _environment.globals.update(chip=chip, not_a_diagnosis=NOT_A_DIAGNOSIS)
 
 
