@@ -57,11 +57,11 @@ $(VENV)/.test: $(VENV)/.clinic $(LOCKS)/test.txt
 lock: | $(BIN)/python
 	$(PIP) install pip-tools torch==2.13.0
 	$(BIN)/pip-compile -q --strip-extras --generate-hashes --no-emit-index-url --no-emit-trusted-host --no-emit-find-links --no-allow-unsafe --no-header \
-	  --extra train --extra test --unsafe-package torch -o $(LOCKS)/test.txt pyproject.toml
+	  --extra train --extra test --unsafe-package torch --unsafe-package pip --unsafe-package setuptools -o $(LOCKS)/test.txt pyproject.toml
 	$(BIN)/pip-compile -q --strip-extras --generate-hashes --no-emit-index-url --no-emit-trusted-host --no-emit-find-links --no-allow-unsafe --no-header \
 	  -c $(LOCKS)/test.txt -o $(LOCKS)/clinic.txt pyproject.toml
 	$(BIN)/pip-compile -q --strip-extras --generate-hashes --no-emit-index-url --no-emit-trusted-host --no-emit-find-links --no-allow-unsafe --no-header \
-	  --extra train --unsafe-package torch -c $(LOCKS)/test.txt -o $(LOCKS)/train.txt pyproject.toml
+	  --extra train --unsafe-package torch --unsafe-package pip --unsafe-package setuptools -c $(LOCKS)/test.txt -o $(LOCKS)/train.txt pyproject.toml
 
 clean:
 	rm -rf $(VENV) demo-site .pytest_cache .mypy_cache .ruff_cache
