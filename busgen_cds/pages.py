@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import logging
 import secrets
@@ -15,7 +16,7 @@ from busgen_cds.app import Site
 from busgen_cds.bundle import CARD, Bundle
 from busgen_cds.dicom import outbox, screen
 from busgen_cds.dicom.screen import Screen
-from busgen_cds.errors import Misconfigured, Untrusted
+from busgen_cds.errors import Misconfigured, Shredded, Untrusted
 from busgen_cds.result import Answer
 from busgen_cds.settings import Settings
 from busgen_cds.store import vault
@@ -137,8 +138,10 @@ class _Live:
         results = self._site.results
         newest = next((each for each in results.listing(limit=20) if each.outcome != "not-for-us"), None)
         if newest is not None and newest.ref != self._ran[0]:
-            shown = results.show(newest.ref)
-            answer = shown.answer if shown else None
+            answer = None
+            with contextlib.suppress(Shredded):
+                shown = results.show(newest.ref)
+                answer = shown.answer if shown else None
             if isinstance(answer, Answer):
                 self._ran = newest.ref, answer.bundle.digest, answer.provider
         return self._ran[2] if self._ran[1] == live.name.digest else live.provider

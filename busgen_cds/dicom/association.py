@@ -396,7 +396,7 @@ class Association:
         if has_data:
             for _ in self._data(context):
                 pass
-        if kind == _N_EVENT | _RESPONSE:
+        if kind == _N_EVENT | _RESPONSE and len(command.get(ul.RESPONDED_TO, b"")) == 2:
             self._unheard.pop(ul.number(command, ul.RESPONDED_TO), None)
             return
         if kind == _C_CANCEL:

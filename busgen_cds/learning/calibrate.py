@@ -234,8 +234,13 @@ def highest(simulated: Simulated, frames: int) -> tuple[Floats, NDArray[np.int64
 
 
 def pooling(simulated: Simulated, threshold: float) -> Pooling:
-    """The shift per number of frames that keeps the specificity of one frame at a threshold of log-odds."""
+    """The shift per number of frames that keeps the specificity of one frame at a threshold of log-odds.
+
+    Where no study without a malignant lesion is at hand nothing is known of it, and nothing is taken off.
+    """
     singles, truth = highest(simulated, 1)
+    if truth.all():
+        return Pooling(frames=FRAMES, shift=(0.0,) * len(FRAMES))
     wanted = figures.specificity(singles, truth, threshold)
     shifts = [0.0]
     for count in FRAMES[1:]:
