@@ -117,7 +117,7 @@ def test_what_judges_never_teaches(bench: tuple[adapt_site.Settings, Bundle], tm
     lessons = (root / "manifest.csv").read_text() + (root / "replay/manifest.csv").read_text()
     with (run / "cases/manifest.csv").open() as file:
         held = [row["image"] for row in csv.DictReader(file) if row["split"] == "site-test"]
-    assert held and not any(f"/{name}," in lessons for name in held)
+    assert held and not any(f"cases/{name}," in lessons for name in held)
     assert settings.release is not None
     judging = [images for _, images in adapt_site._release_sets(settings)]
     assert judging and not any(f"release/{row.image}," in lessons for images in judging for row in images.rows)

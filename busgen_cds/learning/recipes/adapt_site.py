@@ -107,10 +107,13 @@ def audit_privacy(run: Path, settings: Settings) -> str:
         makes = Generator.load(settings.generator, adapter=run / ADAPTER / ADAPTER_FILE)
         rows = data.read_manifest(run / CASES)
         shots = fewshot.choose(rows, _task(), min(fewshot.MOST, len(_teachers(rows))), settings.adapter.seed)
-        found = audit.audit(
-            makes, "the site's adapter", run / CASES, run / IMAGES, embed.at_hand(makes.coder, settings.init, None),
-            settings.audit, None, shots,
-        )  # fmt: skip
+        try:
+            found = audit.audit(
+                makes, "the site's adapter", run / CASES, run / IMAGES, embed.at_hand(makes.coder, settings.init, None),
+                settings.audit, None, shots,
+            )  # fmt: skip
+        except Misconfigured as why:  # every patient taught the adapter: nobody is left to compare with
+            return f"the privacy audit concludes nothing: {why}"
         _write(run / PRIVACY, found.to_json())
     report = json.loads((run / PRIVACY).read_text(encoding="utf-8"))
     failed = [f["attack"] for f in report["findings"] if f["verdict"] == "fails"]
