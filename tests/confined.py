@@ -27,10 +27,16 @@ case "$2" in /root/*)  # a Python in root's own folder: shown to others, and not
   mount -o remount,bind,ro "$2"
   mount -o remount,ro /root
 esac
+case "$3" in /tmp/*) mount --bind "$3" /srv ;; esac  # a checkout in the folder that is hidden next
 mount -o remount,bind,ro /
 mount -t tmpfs -o noexec,nosuid,nodev,size=512m tmpfs /tmp
+case "$3" in /tmp/*)
+  mkdir -p "$3"
+  mount --bind /srv "$3"
+  mount -o remount,bind,ro "$3"
+esac
 cd "$1"
-shift 2
+shift 3
 exec setpriv --reuid $USER_ID --regid $USER_ID --clear-groups --no-new-privs --bounding-set -all --inh-caps -all "$@"
 """
 _ALLOW, _MASKED_EQ, _DENY_WRITE_EXECUTE = 0x7FFF0000, 7, 65
@@ -48,6 +54,7 @@ def command(folder: Path, *words: str) -> list[str]:
         "sh",
         str(folder),
         sys.base_prefix,
+        str(Path(__file__).parent.parent),
         sys.executable,
         __file__,
         *words,
