@@ -43,7 +43,7 @@ from pynetdicom.sop_class import (  # type: ignore[attr-defined]
 from busgen_cds.dicom import reactor
 from busgen_cds.dicom.association import CommitmentReport, event_report, event_type
 from busgen_cds.dicom.commitment import Commitment, read_report
-from busgen_cds.dicom.tls import strict
+from busgen_cds.dicom.tls import client
 from busgen_cds.errors import Misconfigured, Transient
 
 logging.getLogger("pynetdicom").setLevel(logging.CRITICAL)  # what it would say, we say with the study and the remedy
@@ -211,7 +211,7 @@ def _post(each: Sendable, to: Node) -> tuple[int, bytes]:
     request.add_header("Accept", "application/dicom+json")
     for name, value in to.headers:
         request.add_header(name, value)
-    context = _tls_context(to.tls, to) if to.tls else None
+    context = client(to.tls, to) if to.tls else None
     try:
         with urllib.request.urlopen(request, timeout=to.timeout_seconds, context=context) as answer:
             return int(answer.status), bytes(answer.read())
@@ -419,7 +419,7 @@ def _association(
     entity = AE(ae_title=node.calling_ae)
     entity.connection_timeout = entity.acse_timeout = min(10.0, node.timeout_seconds)
     entity.dimse_timeout = entity.network_timeout = node.timeout_seconds
-    tls = (_tls_context(node.tls, node), node.host) if node.tls else None
+    tls = (client(node.tls, node), node.host) if node.tls else None
     try:
         association = entity.associate(
             node.host,
@@ -470,22 +470,10 @@ def _shake_hands(node: Node, tls: Tls) -> None:
     """Whatever is wrong with the certificates is a setting to change, here or there."""
     try:
         with socket.create_connection((node.host, node.port), timeout=min(10.0, node.timeout_seconds)) as connection:
-            _tls_context(tls, node).wrap_socket(connection, server_hostname=node.host).close()
+            client(tls, node).wrap_socket(connection, server_hostname=node.host).close()
     except ssl.SSLCertVerificationError as wrong:
         raise Misconfigured(f"The certificate of {node} does not hold: {wrong.verify_message}.") from wrong
     except ssl.SSLError as wrong:
         raise Misconfigured(f"{node} does not speak TLS with us: {wrong.reason}.") from wrong
     except OSError:
         return
-
-
-def _tls_context(tls: Tls | None, node: Node) -> ssl.SSLContext:
-    assert tls is not None
-    try:
-        context = strict(ssl.create_default_context(cafile=tls.authority))
-        context.check_hostname = tls.check_host
-        if tls.certificate:
-            context.load_cert_chain(tls.certificate, tls.key or None)
-    except (OSError, ssl.SSLError) as wrong:
-        raise Misconfigured(f"The TLS files of {node} cannot be used: {wrong}.") from wrong
-    return context

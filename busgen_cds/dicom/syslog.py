@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from busgen_cds.dicom.tls import strict
+from busgen_cds.dicom import tls
 from busgen_cds.errors import Misconfigured, Transient
 
 SECONDS = 10.0
@@ -48,7 +48,7 @@ def frame(document: bytes, *, at: datetime, host: str, process: int) -> bytes:
 
 def send(frames: Sequence[bytes], to: Server) -> None:
     """All of them, or an exception: Transient when it is to be tried again, Misconfigured when a setting is wrong."""
-    context = _context(to)
+    context = tls.client(to, to)
     try:
         with socket.create_connection((to.host, to.port), timeout=SECONDS) as plain:
             plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -70,17 +70,6 @@ def _ends(connection: ssl.SSLSocket, to: Server) -> None:
             return
     except (ssl.SSLError, OSError) as cut:
         raise Transient(f"{to} did not end the connection in order: what was sent is sent again.") from cut
-
-
-def _context(to: Server) -> ssl.SSLContext:
-    try:
-        context = strict(ssl.create_default_context(cafile=to.authority))
-        context.check_hostname = to.check_host
-        if to.certificate:
-            context.load_cert_chain(to.certificate, to.key or None)
-    except (OSError, ssl.SSLError) as wrong:
-        raise Misconfigured(f"The TLS files for {to} cannot be used: {wrong}.") from wrong
-    return context
 
 
 def _name(host: str) -> str:
