@@ -22,11 +22,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from busgen_cds import app, cli, learning_loop, settings
+from busgen_cds import app, settings
 from busgen_cds.case import Case
+from busgen_cds.cli.site import settings_text
 from busgen_cds.flows import adapt_site
 from busgen_cds.learning import data
 from busgen_cds.learning.recipes import site_adaptation
+from busgen_cds.operations import learning_loop
 
 TAUGHT = 64
 
@@ -51,7 +53,7 @@ def main() -> None:
 
 def _settings_text(chosen: argparse.Namespace) -> str:
     start = ", ".join(f'"{path.resolve()}"' for path in chosen.start)
-    text = cli._settings_text("Night", 0.1, ["ANY"], "", 0)
+    text = settings_text("Night", 0.1, ["ANY"], "", 0)
     return f'{text}\n[adaptation]\nstart = [{start}]\ndata = "{chosen.data.resolve()}"\n'
 
 

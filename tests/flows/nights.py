@@ -18,11 +18,12 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from busgen_cds import bundle, learning_loop, signing
+from busgen_cds import bundle, signing
 from busgen_cds.bundle import Candidate
 from busgen_cds.case import Case
 from busgen_cds.flows import adapt_site, confirm_case
 from busgen_cds.flows.adapt_site import Recipes, Stations
+from busgen_cds.operations import learning_loop
 from busgen_cds.store import database, shelf
 from busgen_cds.store.casebook import Casebook
 from busgen_cds.store.cases import Cases

@@ -11,9 +11,9 @@ import pydicom
 import pytest
 from pydicom.dataset import Dataset, FileMetaDataset
 
-from busgen_cds import learning_loop
 from busgen_cds.arrival import Arrival, Peek
 from busgen_cds.flows import confirm_case
+from busgen_cds.operations import learning_loop
 from busgen_cds.pathology import Report
 from busgen_cds.store import audit
 from busgen_cds.store.casebook import Casebook

@@ -25,7 +25,7 @@ import numpy as np
 import pydicom
 from typer.testing import CliRunner
 
-from busgen_cds import app, cli, custody, settings
+from busgen_cds import app, cli, settings
 from busgen_cds.app import Site
 from busgen_cds.errors import Misconfigured
 from busgen_cds.store import site_keys
@@ -68,9 +68,6 @@ port = {web}
 [record]
 checkpoints = "elsewhere/checkpoints"
 """
-
-
-cli.app.registered_commands += custody.app.registered_commands  # as `cli.main` does
 
 
 @dataclass

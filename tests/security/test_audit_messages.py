@@ -15,10 +15,11 @@ from xml.etree import ElementTree as Xml
 
 import pytest
 
-from busgen_cds import housekeeping, settings
+from busgen_cds import settings
 from busgen_cds.dicom import audit_message, syslog
 from busgen_cds.dicom.audit_message import EVENTS, Event, Origin
 from busgen_cds.errors import Misconfigured, Transient
+from busgen_cds.operations import housekeeping
 from busgen_cds.store import audit, database, forwarding, vault
 from busgen_cds.store.audit import Act
 from busgen_cds.store.inbox import Inbox

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from busgen_cds import app, safety, settings
-from busgen_cds.safety import Rated
+from busgen_cds import app, settings
+from busgen_cds.operations import safety
+from busgen_cds.operations.safety import Rated
 from busgen_cds.store import site_keys, vault
 from busgen_cds.store.people import People
 from tests.security.certificates import Authority

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from busgen_cds import app, serving, settings
+from busgen_cds import app, settings
+from busgen_cds.operations import serving
 from tests.hospital import Scanner, study_uid
 from tests.images import breast_study
 from tests.store.test_shelf import REPORT, a_candidate

@@ -17,9 +17,10 @@ import torch
 from PIL import Image
 from starlette.testclient import TestClient
 
-from busgen_cds import pages, web
+from busgen_cds import web
 from busgen_cds.learning.generator import Sampling
 from busgen_cds.learning.studio import Studio
+from busgen_cds.operations import pages
 from busgen_cds.web import bench
 from tests.learning import generators
 from tests.web.practice import PASSWORD, Browser, Practice, served
@@ -239,7 +240,7 @@ def test_the_pages_do_not_bring_torch() -> None:
     import subprocess
     import sys
 
-    code = "import sys, busgen_cds.pages; print('torch' in sys.modules)"
+    code = "import sys, busgen_cds.operations.pages; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
 
 

@@ -12,8 +12,9 @@ from urllib.parse import parse_qs, urlsplit
 import httpx
 import pytest
 
-from busgen_cds import pages, settings
+from busgen_cds import settings
 from busgen_cds.errors import Misconfigured, Transient, Untrusted
+from busgen_cds.operations import pages
 from busgen_cds.store.people import ROLES
 from busgen_cds.web.oidc import FLOW_SECONDS, NotVouched, Provider, Registration
 from tests.web.practice import PASSWORD, Practice, served

@@ -28,7 +28,7 @@ from busgen_cds.store.cases import Cases, Word
 if TYPE_CHECKING:
     from busgen_cds.learning.recipes import adapt_site as recipe
 
-log = logging.getLogger("busgen_cds.learning_loop")
+log = logging.getLogger("busgen_cds.operations.learning_loop")
 
 SOURCE = "site"
 COLUMNS = (

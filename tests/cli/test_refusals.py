@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from busgen_cds import app, cli, operating, settings
+from busgen_cds import app, settings
+from busgen_cds.cli.site import settings_text
+from busgen_cds.operations import documents
 from tests.dicom.raw import Hung, Scanner
 
 ALLOW = ["US1@10.9.9.9", "US2"]
@@ -16,7 +18,7 @@ ALLOW = ["US1@10.9.9.9", "US2"]
 
 def test_a_refused_sender_stands_in_the_queue(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A wrong called title, an unknown title, a wrong address: logged seldom, and in the queue with a remedy."""
-    text = cli._settings_text("Here", 0.1, ALLOW, "", 0).replace('["10.9.9.9"]', '["10.9.9.9", "127.0.0.1"]', 1)
+    text = settings_text("Here", 0.1, ALLOW, "", 0).replace('["10.9.9.9"]', '["10.9.9.9", "127.0.0.1"]', 1)
     text = text.replace("[listener]", '[listener]\nhost = "127.0.0.1"\nprocesses = 0')
     chosen = settings.read(app.found(tmp_path / "site", text, "a passphrase of some length"))
     listener = app.listener(chosen)
@@ -48,7 +50,7 @@ def _reasons(chosen: settings.Settings) -> list[str]:
     with app.opened_site(chosen) as site:
         until = time.monotonic() + 30
         while True:
-            found = [each["reason"] for each in operating.queue(site) if each["what"] == "association"]
+            found = [each["reason"] for each in documents.queue(site) if each["what"] == "association"]
             if len(found) >= 3 or time.monotonic() > until:
                 return found
             time.sleep(0.2)

@@ -11,19 +11,20 @@ from dataclasses import replace
 
 from fastapi import FastAPI
 
-from busgen_cds import app, learning_loop, web
+from busgen_cds import app, web
 from busgen_cds.app import Site
 from busgen_cds.bundle import CARD, Bundle
 from busgen_cds.dicom import outbox, screen
 from busgen_cds.dicom.screen import Screen
 from busgen_cds.errors import Misconfigured, Shredded, Untrusted
+from busgen_cds.operations import learning_loop
 from busgen_cds.result import Answer
 from busgen_cds.settings import Settings
 from busgen_cds.store import vault
 from busgen_cds.store.people import People
 from busgen_cds.store.shelf import Standing
 
-log = logging.getLogger("busgen_cds.pages")
+log = logging.getLogger("busgen_cds.operations.pages")
 
 
 def of(site: Site, first_code: str = "") -> FastAPI:

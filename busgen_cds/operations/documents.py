@@ -33,7 +33,7 @@ def waiting_study(site: Site, begins: str) -> str:
     return found[0]
 
 
-def document(site: Site, result_ref: str) -> dict[str, Any]:
+def result(site: Site, result_ref: str) -> dict[str, Any]:
     """One result with its objects and their deliveries."""
     shown = site.results.show(result_ref)
     if shown is None:

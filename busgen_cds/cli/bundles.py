@@ -7,29 +7,19 @@ Rules:
 
 from __future__ import annotations
 
-import json
-import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from busgen_cds import settings
+from busgen_cds.cli.console import HERE, Config, Json, console, opened, out, print_json, read_settings, table
 from busgen_cds.errors import Misconfigured
 
 if TYPE_CHECKING:
     from busgen_cds.app import Site
 
 app = typer.Typer(no_args_is_help=True, help="The site's bundles: what each may do, and which one is live.")
-out, console = Console(), Console(stderr=True)
 
-Config = Annotated[
-    Path, typer.Option("--config", "-c", envvar="BUSGEN_CDS_CONFIG", help="The site's settings file, or its folder.")
-]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 Who = Annotated[str, typer.Option("--who", prompt="Your name", help="Who says so; it is recorded.")]
 Passphrase = Annotated[
     str,
@@ -41,13 +31,6 @@ Passphrase = Annotated[
     ),
 ]
 Which = Annotated[str, typer.Argument(help="A digest of the shelf, or how it begins.")]
-HERE = Path(settings.FILE)
-
-
-def _open(config: Path) -> Site:
-    from busgen_cds import app as house
-
-    return house.open_site(settings.read(config / settings.FILE if config.is_dir() else config))
 
 
 @app.command("list")
@@ -57,12 +40,12 @@ def list_(config: Config = HERE, as_json: Json = False) -> None:
 
     rows: list[dict[str, Any]] = []
     if config.exists():
-        site = _open(config)
-        rows = [
-            {"state": s.state, "name": s.name, "version": s.version, "digest": s.digest, "since": s.since.isoformat()}
-            | {"who": s.who, "reasons": list(s.reasons)}
-            for s in site.shelf.listing()
-        ]
+        with opened(config) as site:
+            rows = [
+                {"state": s.state, "name": s.name, "version": s.version, "digest": s.digest}
+                | {"since": s.since.isoformat(), "who": s.who, "reasons": list(s.reasons)}
+                for s in site.shelf.listing()
+            ]
     known = {row["digest"] for row in rows}
     nobody_said = not any(row["state"] == "live" for row in rows)
     for folder in house.shipped_bundles():
@@ -72,10 +55,10 @@ def list_(config: Config = HERE, as_json: Json = False) -> None:
             row = {"state": state, "name": b.name.name, "version": b.name.version, "digest": b.digest}
             rows.append({**row, "since": b.manifest.created, "who": "the product", "reasons": []})
     if as_json:
-        return _json(rows)
+        return print_json(rows)
     heads = ("state", "name", "version", "digest", "since", "who", "reasons")
     shown = [{**row, "digest": row["digest"][:12], "since": row["since"][:10]} for row in rows]
-    return _table(heads, [[*(row[h] for h in heads[:-1]), "; ".join(row["reasons"])] for row in shown])
+    return table(heads, [[*(row[h] for h in heads[:-1]), "; ".join(row["reasons"])] for row in shown])
 
 
 @app.command()
@@ -104,8 +87,8 @@ def _bundle(which: str, config: Path) -> Any:
 
     if not which or Path(which).is_dir():
         return house.open_bundle(Path(which) if which else None)
-    shelf = _open(config).shelf
-    return shelf.live() if which == "live" else shelf.open(shelf.get(which).digest)
+    with opened(config) as site:
+        return site.shelf.live() if which == "live" else site.shelf.open(site.shelf.get(which).digest)
 
 
 @app.command()
@@ -113,7 +96,8 @@ def promote(which: Which, who: Who, passphrase: Passphrase, config: Config = HER
     """Make a bundle that read along live, by a signed and numbered statement."""
     from busgen_cds import app as house
 
-    standing = house.promote(_open(config), which, person=who, passphrase=passphrase)
+    with opened(config) as site:
+        standing = house.promote(site, which, person=who, passphrase=passphrase)
     out.print(f"Live: {standing.digest} (statement {standing.number}). Workers follow within seconds.", soft_wrap=True)
 
 
@@ -122,7 +106,8 @@ def rollback(who: Who, passphrase: Passphrase, config: Config = HERE) -> None:
     """Make live again what was live before the present one."""
     from busgen_cds import app as house
 
-    standing = house.roll_back(_open(config), person=who, passphrase=passphrase)
+    with opened(config) as site:
+        standing = house.roll_back(site, person=who, passphrase=passphrase)
     out.print(f"Live: {standing.digest} (statement {standing.number}). Workers follow within seconds.", soft_wrap=True)
 
 
@@ -134,8 +119,8 @@ def withdraw(
     config: Config = HERE,
 ) -> None:
     """Refuse a bundle that stands on the shelf or reads along, for good."""
-    entry = _open(config).shelf
-    entry.withdraw(entry.get(which).digest, person=who, reason=reason)
+    with opened(config) as site:
+        site.shelf.withdraw(site.shelf.get(which).digest, person=who, reason=reason)
     out.print("Withdrawn: it never becomes live.")
 
 
@@ -151,19 +136,19 @@ def export(
     config: Config = HERE,
 ) -> None:
     """Write a signed parcel for another site."""
-    from busgen_cds import exchange
+    from busgen_cds.operations import exchange
 
-    site = _open(config)
-    if Path(what).is_dir():
-        if kind not in ("adapter", "synthetic set"):
-            raise Misconfigured("Say what the folder is: --kind adapter, or --kind 'synthetic set'.")
-        said = exchange.send_folder(
-            site, Path(what), to, what=kind, name=name or Path(what).name, version=version, person=who,  # type: ignore[arg-type]
-            passphrase=passphrase,
-        )  # fmt: skip
-    else:
-        said = exchange.send_bundle(site, what, to, person=who, passphrase=passphrase)
-    out.print(f"{to}: {said.what} {said.name} {said.version}, {len(said.files)} files, signed.", soft_wrap=True)
+    with opened(config) as site:
+        if Path(what).is_dir():
+            if kind not in ("adapter", "synthetic set"):
+                raise Misconfigured("Say what the folder is: --kind adapter, or --kind 'synthetic set'.")
+            said = exchange.send_folder(
+                site, Path(what), to, what=kind, name=name or Path(what).name, version=version, person=who,  # type: ignore[arg-type]
+                passphrase=passphrase,
+            )  # fmt: skip
+        else:
+            said = exchange.send_bundle(site, what, to, person=who, passphrase=passphrase)
+        out.print(f"{to}: {said.what} {said.name} {said.version}, {len(said.files)} files, signed.", soft_wrap=True)
 
 
 @app.command("import")
@@ -173,14 +158,14 @@ def import_(
     config: Config = HERE,
 ) -> None:
     """Verify what another site, or a release, sent, and keep it; a bundle goes onto the shelf and no further."""
-    from busgen_cds import exchange
+    from busgen_cds.operations import exchange
 
-    site = _open(config)
-    if parcel.is_dir():
-        digest = exchange.receive_release(site, parcel, person=who)
-        return out.print(f"On the shelf: {digest}", soft_wrap=True)
-    said, where = exchange.receive(site, parcel, person=who)
-    return out.print(f"{said.what} {said.name} {said.version} from {said.sender}: {where}", soft_wrap=True)
+    with opened(config) as site:
+        if parcel.is_dir():
+            digest = exchange.receive_release(site, parcel, person=who)
+            return out.print(f"On the shelf: {digest}", soft_wrap=True)
+        said, where = exchange.receive(site, parcel, person=who)
+        return out.print(f"{said.what} {said.name} {said.version} from {said.sender}: {where}", soft_wrap=True)
 
 
 @app.command()
@@ -192,7 +177,7 @@ def keys(
     """This site's public key, for sites that are to believe it; theirs go into its folder keys/trusted."""
     from busgen_cds.store import site_keys
 
-    chosen = settings.read(config / settings.FILE if config.is_dir() else config)
+    chosen = read_settings(config)
     file = chosen.path(chosen.models.promoter_key)
     if make:
         new = site_keys.new_passphrase()
@@ -215,13 +200,13 @@ def shadow(
     as_json: Json = False,
 ) -> None:
     """A bundle in shadow reads the same studies after the live one; nobody is told what it says."""
-    site = _open(config)
-    if which:
-        digest = site.shelf.get(which).digest
-        person = who or typer.prompt("Your name")
-        (site.shelf.end_shadow if end else site.shelf.to_shadow)(digest, person=person)
-        return out.print(f"{digest[:12]} {'is out of' if end else 'is in'} shadow.")
-    return _compared(site, as_json)
+    with opened(config) as site:
+        if which:
+            digest = site.shelf.get(which).digest
+            person = who or typer.prompt("Your name")
+            (site.shelf.end_shadow if end else site.shelf.to_shadow)(digest, person=person)
+            return out.print(f"{digest[:12]} {'is out of' if end else 'is in'} shadow.")
+        return _compared(site, as_json)
 
 
 def _compared(site: Site, as_json: bool) -> None:
@@ -232,7 +217,7 @@ def _compared(site: Site, as_json: bool) -> None:
     if as_json:
         changes = [{"live": a, "shadow": b, "studies": n} for (a, b), n in found.changes.items()]
         figures = {k: v for k, v in vars(found).items() if k not in ("changes", "largest")}
-        return _json({"digest": digest, "since": entry.since.isoformat(), **figures, "changes": changes})
+        return print_json({"digest": digest, "since": entry.since.isoformat(), **figures, "changes": changes})
     if not found.studies:
         return out.print(
             f"{entry.name} {entry.version} is in shadow since {entry.since:%Y-%m-%d} and read nothing yet."
@@ -246,17 +231,6 @@ def _compared(site: Site, as_json: bool) -> None:
         ("mean difference of probability", "" if found.difference is None else f"{found.difference:.3f}"),
         ("seconds in shadow, live (median)", f"{found.seconds:.2f}, {found.live_seconds:.2f}"),
     ]
-    _table(("what", f"{entry.name} {entry.version}"), rows)
+    table(("what", f"{entry.name} {entry.version}"), rows)
     moved = sorted(found.changes.items(), key=lambda item: -item[1])
-    return _table(("live", "in shadow", "studies"), [(a, b, n) for (a, b), n in moved if a != b])
-
-
-def _table(heads: tuple[str, ...], rows: Iterable[Iterable[Any]]) -> None:
-    table = Table(*heads, box=None, header_style="bold")
-    for row in rows:
-        table.add_row(*(str(cell) for cell in row))
-    out.print(table)
-
-
-def _json(document: Any) -> None:
-    sys.stdout.write(json.dumps(document, indent=1, default=str) + "\n")
+    return table(("live", "in shadow", "studies"), [(a, b, n) for (a, b), n in moved if a != b])

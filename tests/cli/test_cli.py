@@ -12,7 +12,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from busgen_cds import cli, custody
+from busgen_cds import cli, web
+from busgen_cds.cli import custody
 from busgen_cds.dicom import outbox
 from busgen_cds.errors import Misconfigured
 from tests import images
@@ -167,7 +168,7 @@ def test_pages_name_commands_that_there_are() -> None:
     """Every option of a command that a page names is one that the command takes."""
     verify = typer.main.get_command(custody.audit_app).commands["verify"]  # type: ignore[attr-defined]
     known = {name for each in verify.params for name in each.opts}
-    page = (Path(cli.__file__).parent / "web" / "templates" / "audit_verdict.html").read_text()
+    page = (Path(web.__file__).parent / "templates" / "audit_verdict.html").read_text()
     named = re.findall(r"busgen-cds audit verify (--[a-z-]+)", page)
     assert named and set(named) <= known
 

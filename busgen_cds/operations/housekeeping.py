@@ -29,7 +29,7 @@ from busgen_cds.store import checkpoints, forwarding
 from busgen_cds.store.audit import Entry
 from busgen_cds.store.retention import Applied, Kind, Letting
 
-log = logging.getLogger("busgen_cds.housekeeping")
+log = logging.getLogger("busgen_cds.operations.housekeeping")
 
 HOUR = 3600.0
 

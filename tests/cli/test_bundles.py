@@ -12,10 +12,12 @@ import pytest
 import sqlalchemy as sa
 from typer.testing import CliRunner, Result
 
-from busgen_cds import app, bundle, exchange, settings, shelf_verbs
+from busgen_cds import app, bundle, settings
 from busgen_cds.app import Site
 from busgen_cds.bundle import Candidate
+from busgen_cds.cli import bundles
 from busgen_cds.errors import Misconfigured, Untrusted
+from busgen_cds.operations import exchange
 from busgen_cds.store import site_keys
 from tests.store.test_shelf import REPORT, a_candidate
 from tests.test_settings import MINIMAL
@@ -33,7 +35,7 @@ class House:
 
     def says(self, *words: object, passphrase: str = PASSPHRASE) -> Result:
         arguments = [*map(str, words), "-c", str(self.file)]
-        return CliRunner().invoke(shelf_verbs.app, arguments, env={"BUSGEN_CDS_PASSPHRASE": passphrase})
+        return CliRunner().invoke(bundles.app, arguments, env={"BUSGEN_CDS_PASSPHRASE": passphrase})
 
     def shelves(self, candidate: Candidate) -> str:
         return self.site.shelf.put(candidate, report=REPORT, signer=app.night_signer(self.site.settings)).digest

@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from busgen_cds import app, housekeeping, web
-from busgen_cds import pages as pages_of
+from busgen_cds import app, web
+from busgen_cds.operations import housekeeping
+from busgen_cds.operations import pages as pages_of
 from busgen_cds.settings import Settings
 
 
@@ -22,7 +23,7 @@ class Shown:
     first_code: str
 
 
-log = logging.getLogger("busgen_cds.serving")
+log = logging.getLogger("busgen_cds.operations.serving")
 
 
 def everything(chosen: Settings) -> None:

@@ -21,6 +21,7 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from busgen_cds.errors import Misconfigured
 
 PRODUCT = "busgen-cds"
 _NAMESPACE = uuid.UUID("6f2f4f0e-7f0a-5d0c-9d0c-2f4f1f7c6a11")
-_STATIC = Path(__file__).parent / "web" / "static"
+_STATIC = Path(str(resources.files("busgen_cds"))) / "web" / "static"
 _HTMX_VERSION = re.compile(r'version:"([0-9.]+)"')
 
 

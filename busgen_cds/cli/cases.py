@@ -6,16 +6,14 @@ Rules: torch is imported inside the verbs, so that a clinic's program starts wit
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from busgen_cds import truth
+from busgen_cds.cli.console import HERE, Config, Json, console, every_file, opened, out
 from busgen_cds.truth import Conflict, Known
 
 if TYPE_CHECKING:
@@ -24,43 +22,6 @@ if TYPE_CHECKING:
     from busgen_cds.store.casebook import Listed
 
 app = typer.Typer(no_args_is_help=True, help="The site's own loop.")
-console = Console(stderr=True)
-out = Console()
-
-
-@app.command("site-adaptation")
-def site_adaptation(
-    start: Annotated[Path, typer.Option(help="The member of the reader that every arm begins from.")],
-    runs: Annotated[Path, typer.Option("--out", help="Folder of the queue's runs.")],
-    replay: Annotated[Path | None, typer.Option(help="The release's generated images (`generate`).")] = None,
-    data: Annotated[
-        Path | None, typer.Option("--data", help="Folder with manifest.csv; BUSGEN_DATA without it.")
-    ] = None,
-    draws: int = 10,
-    steps: Annotated[int, typer.Option(help="Of every fine-tuning.")] = 48,
-    most: Annotated[int | None, typer.Option(help="Runs to do now; all without it.")] = None,
-    results: Annotated[Path, typer.Option(help="Where the page goes.")] = Path("docs/results"),
-    cache: Annotated[Path, typer.Option(help="Where prepared images are kept.")] = Path("runs/cache"),
-) -> None:
-    """What 16, 32 and 64 cases of a new site are worth to its reader; a resumable queue."""
-    from busgen_cds.learning import data as data_
-    from busgen_cds.learning.recipes import adapt_reader
-    from busgen_cds.learning.recipes import site_adaptation as recipe
-
-    settings = recipe.Settings(draws=draws, adapt=adapt_reader.Settings(steps=steps))
-    root = data or data_.default_root()
-    left = recipe.work(root, start, runs, settings, replay, cache, most, console.print)
-    found = recipe.compare(root, runs, settings, cache)
-    page = recipe.write(found, root, runs, settings, left, results, cache)
-    out.print(f"Written: {page}; {left} runs left", soft_wrap=True)
-
-
-# ---- Nights
-
-Config = Annotated[
-    Path, typer.Option("--config", "-c", envvar="BUSGEN_CDS_CONFIG", help="The site's settings file, or its folder.")
-]
-HERE = Path("busgen-cds.toml")
 
 
 @app.command()
@@ -70,11 +31,11 @@ def adapt(
     wait: Annotated[bool, typer.Option(help="Stay, and adapt at the cron times of the settings.")] = False,
 ) -> None:
     """Learn from the site's cases; what passes the judge goes onto the shelf. Nothing becomes live by this."""
-    from busgen_cds import learning_loop, serving
     from busgen_cds.errors import Misconfigured
     from busgen_cds.flows import adapt_site
+    from busgen_cds.operations import learning_loop, serving
 
-    with _site(config) as site:
+    with opened(config) as site:
         cron = site.settings.adaptation.cron
         if wait and not cron:
             raise Misconfigured("Set adaptation.cron: it says when to adapt.")
@@ -88,7 +49,7 @@ def adapt(
 
 
 def _say_what_became(site: Site, word: str) -> None:
-    from busgen_cds import learning_loop
+    from busgen_cds.operations import learning_loop
 
     outcome, _, digest = word.partition(" ")
     if outcome == "failed":
@@ -107,16 +68,6 @@ def _say_what_became(site: Site, word: str) -> None:
 # ---- Cases
 
 cases_app = typer.Typer(no_args_is_help=True, help="What readers and pathology said: the site's own cases.")
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
-
-
-@contextmanager
-def _site(config: Path) -> Iterator[Site]:
-    from busgen_cds import app as house
-    from busgen_cds import settings
-
-    with house.opened_site(settings.read(config / settings.FILE if config.is_dir() else config)) as site:
-        yield site
 
 
 @cases_app.command("import")
@@ -126,15 +77,14 @@ def cases_import(
     who: Annotated[str, typer.Option(help="Who asks; it is recorded.")] = "operator",
 ) -> None:
     """Take in pathology, matched by accession number and patient id; then make the cases that it settles."""
-    from busgen_cds import learning_loop, pathology
+    from busgen_cds import pathology
     from busgen_cds.flows import confirm_case
+    from busgen_cds.operations import learning_loop
 
     kept = known = refused = 0
-    with _site(config) as site:
+    with opened(config) as site:
         stations = learning_loop.case_stations(site)
-        for path in (
-            p for each in files for p in (sorted(each.rglob("*")) if each.is_dir() else [each]) if p.is_file()
-        ):
+        for path in every_file(files):
             for one in pathology.read(path.name, path.read_text(encoding="utf-8", errors="replace")):
                 if isinstance(one, pathology.Unusable):
                     refused += 1
@@ -153,10 +103,10 @@ def cases_import(
 @cases_app.command("list")
 def cases_list(config: Config = HERE, as_json: Json = False) -> None:
     """The cases, and what is open or in conflict, with the reason."""
-    from busgen_cds import learning_loop
     from busgen_cds.flows import confirm_case
+    from busgen_cds.operations import learning_loop
 
-    with _site(config) as site:
+    with opened(config) as site:
         stations = learning_loop.case_stations(site)
         outcomes = confirm_case.gather(stations)
         kept = stations.book.listing()
@@ -210,12 +160,12 @@ def cases_export(
     part: Annotated[str, typer.Option(help="teach, test or all.")] = "teach",
 ) -> None:
     """Write de-identified cases as images, masks and a manifest that training reads."""
-    from busgen_cds import learning_loop
     from busgen_cds.errors import Misconfigured
+    from busgen_cds.operations import learning_loop
 
     if to.exists() and any(to.iterdir()):
         raise Misconfigured(f"{to} is not empty: name another folder.")
-    with _site(config) as site:
+    with opened(config) as site:
         book = learning_loop.casebook(site)
         chosen = [each for each in book.listing() if part in ("all", each.part)]
         learning_loop.write_cases(book, chosen, to)
@@ -229,10 +179,10 @@ def cases_withdraw(
     who: Annotated[str, typer.Option(help="Who asks; it is recorded.")] = "operator",
 ) -> None:
     """Say that a pathology report does not hold; conflicts that it made are looked at again."""
-    from busgen_cds import learning_loop
     from busgen_cds.flows import confirm_case
+    from busgen_cds.operations import learning_loop
 
-    with _site(config) as site:
+    with opened(config) as site:
         stations = learning_loop.case_stations(site)
         done = stations.book.withdraw(report, who=who)
         confirm_case.gather(stations)

@@ -17,10 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from busgen_cds import settings
+from busgen_cds.cli.console import HERE, Config, Json, opened, out, print_json, read_settings, settings_file, table
 from busgen_cds.errors import Misconfigured
 
 if TYPE_CHECKING:
@@ -30,19 +28,13 @@ if TYPE_CHECKING:
 app = typer.Typer()
 audit_app = typer.Typer(no_args_is_help=True, help="The record of acts.")
 keys_app = typer.Typer(no_args_is_help=True, help="The site key.")
-out = Console()
 
-Config = Annotated[
-    Path, typer.Option("--config", "-c", envvar="BUSGEN_CDS_CONFIG", help="The site's settings file, or its folder.")
-]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 Who = Annotated[str, typer.Option(help="Only what this account, AE title or part of the program did.")]
 Kind = Annotated[str, typer.Option(help="Only acts whose kind begins like this.")]
 Study = Annotated[str, typer.Option(help="Only this study: our reference, Study Instance UID or accession number.")]
 Patient = Annotated[str, typer.Option(help="Only the studies of this patient id.")]
 Since = Annotated[str, typer.Option(help="From this day on, as 2026-01-31.")]
 Until = Annotated[str, typer.Option(help="Up to and with this day.")]
-HERE = Path(settings.FILE)
 
 
 def me() -> str:
@@ -68,16 +60,16 @@ def show(
     """The latest acts, newest first."""
     from busgen_cds.store import audit
 
-    site = _open(config)
-    wanted = _wanted(site, who, kind, study, patient, since, until)
-    found = list(audit.entries(site.database, wanted, limit=limit, newest_first=True))
-    if as_json:
-        return print_json([json.loads(each.line()) for each in found])
-    rows = []
-    for each in found:
-        at, act = f"{each.at.astimezone():%Y-%m-%d %H:%M:%S}", each.act
-        rows.append((each.number, at, act.kind, act.who, act.what, (act.study_ref or "")[:8]))
-    return table(("number", "at", "kind", "who", "what", "study"), rows)
+    with opened(config) as site:
+        wanted = _wanted(site, who, kind, study, patient, since, until)
+        found = list(audit.entries(site.database, wanted, limit=limit, newest_first=True))
+        if as_json:
+            return print_json([json.loads(each.line()) for each in found])
+        rows = []
+        for each in found:
+            at, act = f"{each.at.astimezone():%Y-%m-%d %H:%M:%S}", each.act
+            rows.append((each.number, at, act.kind, act.who, act.what, (act.study_ref or "")[:8]))
+        return table(("number", "at", "kind", "who", "what", "study"), rows)
 
 
 @audit_app.command("export")
@@ -94,19 +86,19 @@ def export(
     """Acts as they are hashed, oldest first, one JSON object a line. That they were read out is an act."""
     from busgen_cds.store import audit
 
-    site = _open(config)
-    wanted = _wanted(site, who, kind, study, patient, since, until)
-    with site.database.transaction() as session:
-        audit.record(session, audit.Act("record exported", me(), ""))
-    if str(to) == "-":
-        sys.stdout.writelines(each.line().decode() for each in audit.entries(site.database, wanted))
-        return
-    count = 0
-    with to.open("xb") as file:
-        for each in audit.entries(site.database, wanted):
-            file.write(each.line())
-            count += 1
-    out.print(f"{count} acts in {to}", soft_wrap=True)
+    with opened(config) as site:
+        wanted = _wanted(site, who, kind, study, patient, since, until)
+        with site.database.transaction() as session:
+            audit.record(session, audit.Act("record exported", me(), ""))
+        if str(to) == "-":
+            sys.stdout.writelines(each.line().decode() for each in audit.entries(site.database, wanted))
+            return
+        count = 0
+        with to.open("xb") as file:
+            for each in audit.entries(site.database, wanted):
+                file.write(each.line())
+                count += 1
+        out.print(f"{count} acts in {to}", soft_wrap=True)
 
 
 @audit_app.command("verify")
@@ -122,19 +114,19 @@ def verify(
     from busgen_cds.store import audit
     from busgen_cds.store import checkpoints as points
 
-    site = _open(config)
-    folder = _checkpoint_folder(site)
-    where = checkpoints or ([folder] if folder and points.newest(folder) else [])
-    known = points.read(where, key)
-    verdict = audit.verify(site.database, known)
-    if as_json:
-        print_json({**vars(verdict), "sound": verdict.sound, "checkpoints": len(known)})
-    else:
-        against = f"{len(known)} checkpoints" if known else "no checkpoint: a cut tail would not show"
-        held = f"The record holds: {verdict.entries} entries, against {against}."
-        out.print(held if verdict.sound else f"The record does not hold. {verdict.reason}", soft_wrap=True)
-    if not verdict.sound:
-        raise typer.Exit(1)
+    with opened(config) as site:
+        folder = _checkpoint_folder(site)
+        where = checkpoints or ([folder] if folder and points.newest(folder) else [])
+        known = points.read(where, key)
+        verdict = audit.verify(site.database, known)
+        if as_json:
+            print_json({**vars(verdict), "sound": verdict.sound, "checkpoints": len(known)})
+        else:
+            against = f"{len(known)} checkpoints" if known else "no checkpoint: a cut tail would not show"
+            held = f"The record holds: {verdict.entries} entries, against {against}."
+            out.print(held if verdict.sound else f"The record does not hold. {verdict.reason}", soft_wrap=True)
+        if not verdict.sound:
+            raise typer.Exit(1)
 
 
 @audit_app.command("checkpoint")
@@ -145,12 +137,12 @@ def checkpoint(
     """Write a signed statement of how far the record goes now: keep it where this machine cannot rewrite it."""
     from busgen_cds.store import checkpoints as points
 
-    site = _open(config)
-    folder = to or _checkpoint_folder(site)
-    if folder is None:
-        raise Misconfigured("Say where: --to FOLDER, or set record.checkpoints.")
-    key = points.signer(site.settings.path(site.settings.record.key))
-    out.print(f"Written: {points.export(site.database, folder, key)}", soft_wrap=True)
+    with opened(config) as site:
+        folder = to or _checkpoint_folder(site)
+        if folder is None:
+            raise Misconfigured("Say where: --to FOLDER, or set record.checkpoints.")
+        key = points.signer(site.settings.path(site.settings.record.key))
+        out.print(f"Written: {points.export(site.database, folder, key)}", soft_wrap=True)
 
 
 def _wanted(site: Site, who: str, kind: str, study: str, patient: str, since: str, until: str) -> Wanted:
@@ -182,9 +174,9 @@ MARKS = {"ok": "✓", "warn": "!", "fail": "✗"}
 
 def rate(config: Path, as_json: bool) -> None:
     """`check --security`: each control of a running site, with what to do; ends with 1 when one fails."""
-    from busgen_cds import safety
+    from busgen_cds.operations import safety
 
-    found = safety.everything(_file(config))
+    found = safety.everything(settings_file(config))
     if as_json:
         print_json([each._asdict() for each in found])
     else:
@@ -205,7 +197,7 @@ def rotate(
     from busgen_cds import app as house
     from busgen_cds.store import rotation, vault
 
-    chosen = settings.read(_file(config))
+    chosen = read_settings(config)
     source = vault.key_source(house.anchored(chosen, chosen.storage.key))
     if isinstance(source, vault.KeyFile):
         if new:
@@ -231,7 +223,7 @@ def retire(config: Config = HERE) -> None:
     from busgen_cds import app as house
     from busgen_cds.store import audit, rotation, vault
 
-    chosen = settings.read(_file(config))
+    chosen = read_settings(config)
     source = vault.key_source(house.anchored(chosen, chosen.storage.key))
     if not isinstance(source, vault.KeyFile):
         raise Misconfigured(f"The keys come from {chosen.storage.key}: take the older one away there.")
@@ -255,15 +247,15 @@ def shred(
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
     """Let a study go for good: destroy its key, and prove that it cannot be read any more."""
-    site = _open(config)
-    ref = _study_ref(site, study)
-    if not yes:
-        typer.confirm(f"Shred study {ref}? No copy of it here can be read afterwards.", abort=True)
-    against = _letting(site).shred(ref, me(), insist=insist)
-    if against:
-        out.print(f"The proof fails: {'; '.join(against)}.", soft_wrap=True)
-        raise typer.Exit(1)
-    out.print(f"Study {ref} is shredded: its key, images, results, objects and names are gone.", soft_wrap=True)
+    with opened(config) as site:
+        ref = _study_ref(site, study)
+        if not yes:
+            typer.confirm(f"Shred study {ref}? No copy of it here can be read afterwards.", abort=True)
+        against = _letting(site).shred(ref, me(), insist=insist)
+        if against:
+            out.print(f"The proof fails: {'; '.join(against)}.", soft_wrap=True)
+            raise typer.Exit(1)
+        out.print(f"Study {ref} is shredded: its key, images, results, objects and names are gone.", soft_wrap=True)
 
 
 @app.command()
@@ -273,17 +265,17 @@ def retention(
     as_json: Json = False,
 ) -> None:
     """How long each kind of study is kept here, and what the rules would let go."""
-    from busgen_cds import housekeeping
+    from busgen_cds.operations import housekeeping
     from busgen_cds.store.retention import overview
 
-    site = _open(config)
-    if now:
-        done = housekeeping.let_go(site)
-        return out.print(f"Let go: {len(done.studies)} studies, {len(done.quarantined)} set-aside objects.")
-    rows = list(overview(site.database, housekeeping.kept_for(site.settings), datetime.now(UTC)))
-    if as_json:
-        return print_json([{"kind": kind, "kept": kept, "due": count} for kind, kept, count in rows])
-    return table(("kind", "kept for", "to let go now"), rows)
+    with opened(config) as site:
+        if now:
+            done = housekeeping.let_go(site)
+            return out.print(f"Let go: {len(done.studies)} studies, {len(done.quarantined)} set-aside objects.")
+        rows = list(overview(site.database, housekeeping.kept_for(site.settings), datetime.now(UTC)))
+        if as_json:
+            return print_json([{"kind": kind, "kept": kept, "due": count} for kind, kept, count in rows])
+        return table(("kind", "kept for", "to let go now"), rows)
 
 
 def _study_ref(site: Site, named: str) -> str:
@@ -300,27 +292,3 @@ def _letting(site: Site) -> Any:
     from busgen_cds.store.retention import Letting
 
     return Letting(site.inbox, site.database, site.vault)
-
-
-# ---- Inside
-
-
-def _open(config: Path) -> Site:
-    from busgen_cds import app as house
-
-    return house.open_site(settings.read(_file(config)))
-
-
-def _file(config: Path) -> Path:
-    return config / settings.FILE if config.is_dir() else config
-
-
-def print_json(document: Any) -> None:
-    sys.stdout.write(json.dumps(document, indent=1, default=str) + "\n")
-
-
-def table(heads: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
-    made = Table(*heads, box=None, header_style="bold")
-    for row in rows:
-        made.add_row(*(str(cell) for cell in row))
-    out.print(made)

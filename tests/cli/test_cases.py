@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from busgen_cds import app, cli, learning_loop, settings
+from busgen_cds import app, cli, settings
+from busgen_cds.cli.cases import cases_app
+from busgen_cds.cli.site import settings_text
 from busgen_cds.errors import Misconfigured
-from busgen_cds.site_verbs import app as nights
-from busgen_cds.site_verbs import cases_app
+from busgen_cds.operations import learning_loop
 
 RUN = CliRunner()
 
@@ -19,7 +20,7 @@ RUN = CliRunner()
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("site")
-    return app.found(folder / "s", cli._settings_text("Here", 0.1, ["ANY"], "", 0), "a passphrase of some length")
+    return app.found(folder / "s", settings_text("Here", 0.1, ["ANY"], "", 0), "a passphrase of some length")
 
 
 def test_a_bad_row_is_named_and_the_rest_is_taken_in(config: Path, tmp_path: Path) -> None:
@@ -49,7 +50,7 @@ def test_an_export_needs_an_empty_folder(config: Path, tmp_path: Path) -> None:
 
 def test_adapting_names_the_setting_that_is_missing(config: Path) -> None:
     """`adapt` without the release's checkpoints says which setting to give."""
-    refused = RUN.invoke(nights, ["adapt", "-c", str(config)])
+    refused = RUN.invoke(cli.app, ["adapt", "-c", str(config)])
     assert isinstance(refused.exception, Misconfigured) and "adaptation.start" in str(refused.exception)
 
 

@@ -22,9 +22,10 @@ from typing import Literal, NamedTuple
 
 from cryptography import x509
 
-from busgen_cds import app, housekeeping, settings
+from busgen_cds import app, settings
 from busgen_cds.app import Site
 from busgen_cds.errors import Misconfigured, Transient, Untrusted
+from busgen_cds.operations import housekeeping
 from busgen_cds.settings import Settings
 from busgen_cds.store import audit, checkpoints, forwarding, rotation, vault
 from busgen_cds.store.people import People

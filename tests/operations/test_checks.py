@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from busgen_cds import checks, settings
+from busgen_cds import settings
+from busgen_cds.operations import checks
 
 NODE = """
 [[nodes]]

@@ -20,10 +20,11 @@ import cyclonedx.schema
 import jsonschema_rs
 import pytest
 
-from busgen_cds import app, supply
+from busgen_cds import app
 from busgen_cds.errors import Misconfigured
+from busgen_cds.operations import supply
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SECRETS, DEPENDENCIES, NOTES = (
     ROOT / "deploy" / f"{name}.py" for name in ("scan_secrets", "scan_dependencies", "release_notes")
 )

@@ -18,11 +18,12 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from busgen_cds import app, operating, serving, settings
+from busgen_cds import app, settings
 from busgen_cds.app import Site
 from busgen_cds.dicom import archive, files, outbox, synthetic
 from busgen_cds.dicom.outbox import Node
-from busgen_cds.serving import Shown
+from busgen_cds.operations import documents, serving
+from busgen_cds.operations.serving import Shown
 from busgen_cds.study import Spacing
 
 SENT_AT = datetime(2026, 1, 1, 9, 0)
@@ -98,13 +99,13 @@ def _answer(site: Site, pacs: Path, tell: Console) -> int:
     while time.monotonic() - began < PATIENCE:
         entries = site.results.listing(limit=1)
         if entries and all(each.state == "done" for each in site.results.deliveries(entries[0].ref)):
-            document = operating.document(site, entries[0].ref)
+            document = documents.result(site, entries[0].ref)
             tell.print(f"[bold]4[/]  The PACS has the answer, {time.monotonic() - began:.1f} s after the last image:")
             _show(document, sorted(pacs.glob("*.dcm")), tell)
             return 0 if document["outcome"] == "assessed" else 1
         time.sleep(0.05)
     tell.print(f"[bold red]No answer in {PATIENCE:.0f} s.[/] What is in the way:")
-    tell.print_json(json.dumps(operating.queue(site)))
+    tell.print_json(json.dumps(documents.queue(site)))
     return 1
 
 
