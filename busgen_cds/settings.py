@@ -17,7 +17,9 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from busgen_cds.birads import Category
 from busgen_cds.errors import Misconfigured
+from busgen_cds.triage import Order
 
 FILE = "busgen-cds.toml"
 
@@ -230,6 +232,21 @@ class Study(_Section):
     )
 
 
+class Triage(_Section):
+    """Who is looked at first, among the unread studies of the worklist."""
+
+    order: Order = Field(
+        default="suspicion",
+        description='"suspicion": by category, then probability. "arrival": first come, first read; category 3 and '
+        "nothing found come after the others in either.",
+    )
+    declined_above: Category = Field(
+        default="3",
+        description="Declined studies, and stuck ones without an answer, stand above this category: nobody has looked "
+        'at them. "5" puts them first of all; below category 3 they never stand.',
+    )
+
+
 class NodeTls(_Section):
     authority: Path = Field(description="PEM file with the authority that the node's certificate must come from.")
     certificate: Path | None = Field(default=None, description="Our client certificate.")
@@ -378,6 +395,7 @@ class Settings(BaseSettings):
     adaptation: Adaptation = Adaptation()
     drift: Drift = Drift()
     study: Study = Study()
+    triage: Triage = Triage()
     objects: Objects = Objects()
     nodes: tuple[Node, ...] = Field(default=(), description="Other systems, by name.")
     destinations: tuple[Destination, ...] = Field(default=(), description="Where results go.")

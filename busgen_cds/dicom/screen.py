@@ -23,7 +23,7 @@ from pydicom import Dataset
 from busgen_cds.dicom import decode, picture, region, relevance, templates
 from busgen_cds.dicom.decode import Frames, Unreadable
 from busgen_cds.result import HeatMap
-from busgen_cds.study import Source, Spacing
+from busgen_cds.study import Patient, Source, Spacing
 
 MOST_BYTES_OPEN = 1 << 29
 USUAL_SECONDS = 0.04
@@ -46,6 +46,7 @@ class Slide:
     spacing: Spacing | None
     seconds_per_frame: float
     number: str = field(default="", repr=False)  # the scanner's own instance number
+    patient: Patient = field(default=Patient(), repr=False)  # whose it says it is: id and issuer
 
 
 class Screen(Generic[Held]):
@@ -96,7 +97,9 @@ class Screen(Generic[Held]):
         )
         scales = {scale for _, scale in region.readable(region.stated(header, shape.rows, shape.columns))}
         spacing = scales.pop() if len(scales) == 1 else region.spacing_of_frame(header)
-        return Slide(source, spacing, _seconds_per_frame(header), relevance.text(header, "InstanceNumber"))
+        patient = Patient(relevance.text(header, "PatientID"), issuer=relevance.text(header, "IssuerOfPatientID"))
+        number = relevance.text(header, "InstanceNumber")
+        return Slide(source, spacing, _seconds_per_frame(header), number, patient)
 
     def _opened(self, instance: Held) -> Frames:
         with self._lock:

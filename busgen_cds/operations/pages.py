@@ -23,6 +23,7 @@ from busgen_cds.settings import Settings
 from busgen_cds.store import vault
 from busgen_cds.store.people import People
 from busgen_cds.store.shelf import Standing
+from busgen_cds.triage import Rule
 
 log = logging.getLogger("busgen_cds.operations.pages")
 
@@ -44,7 +45,7 @@ def of(site: Site, first_code: str = "") -> FastAPI:
             evidence=screen.evidence,
             confirm=lambda word, findings: learning_loop.confirm(site, word, findings),
             retry=lambda study_ref, who: site.desk.retry(study_ref, who=who),
-            release=lambda study_ref, who: site.desk.release(site.inbox, study_ref, who=who),
+            release=lambda study_ref, who, whose: site.desk.release(site.inbox, study_ref, who=who, patient=whose),
             resume=lambda who: site.desk.resume(who=who),
             echo=lambda name: outbox.echo(app.node(chosen, name)),
             nodes=tuple(
@@ -58,6 +59,7 @@ def of(site: Site, first_code: str = "") -> FastAPI:
             secure=chosen.web.secure,
             provider=_provider(chosen, site),
             studio=_studio(chosen),
+            triage=Rule(chosen.triage.order, chosen.triage.declined_above),
         )
     )
 

@@ -39,7 +39,8 @@ from busgen_cds.store.vault import SealedWriter, Vault
 from busgen_cds.study import Patient, contradiction, whose
 
 SAY_WHOSE = (
-    "Images of two patients are under this study: say whose it is (`busgen-cds queue --release … --patient …`); "
+    "Images of two patients are under this study: say whose it is (on its page, or by "
+    "`busgen-cds queue --release … --patient …`); "
     "the images of anybody else are left out."
 )
 PROCESSING_FAILURE, NO_SUCH_INSTANCE, CLASS_INSTANCE_CONFLICT = 0x0110, 0x0112, 0x0119

@@ -5,8 +5,8 @@ Rules:
   table can be thrown away and made again (`rebuild`).
 - It follows the record of acts: whatever changes a study writes an act that names it, so the studies named since the
   last entry seen are the ones to look at again (`catch_up`).
-- Triage: unread before read, then by what was said (declined above category 3), then by probability, then who has
-  waited longest. A study that is stuck without an answer ranks like a declined one: nobody has looked at it.
+- Unread before read, then by the site's rule of triage, then who has waited longest. With another rule, every row
+  finds its new place before the list is shown.
 - Searching finds whole identifiers only, through their keyed hashes.
 """
 
@@ -28,6 +28,7 @@ from busgen_cds.store.inbox import InstanceTable, StudyTable
 from busgen_cds.store.jobs import JobTable
 from busgen_cds.store.results import DeliveredTable, DeliveryTable, ResultTable
 from busgen_cds.store.vault import Vault
+from busgen_cds.triage import LAST, Rule
 
 # How far a study has got, in this order.
 Stage = Literal["received", "answered", "delivered", "confirmed"]
@@ -35,7 +36,6 @@ STAGES: tuple[Stage, ...] = get_args(Stage)
 Stuck = Literal["", "held", "reading", "delivery"]
 View = Literal["unread", "stuck", "read", "all"]
 VIEWS: tuple[View, ...] = get_args(View)
-NOBODY_LOOKED = 2  # the rank of a declined study, see `result.triage`
 AT_ONCE = 500
 
 
@@ -84,6 +84,7 @@ class FollowedTable(Base):
     unread: Mapped[int] = mapped_column(default=0)
     stuck: Mapped[int] = mapped_column(default=0)
     read: Mapped[int] = mapped_column(default=0)
+    rule: Mapped[str] = mapped_column(sa.String(32), default="")  # the places are by this one
 
 
 _rows, _followed, _acts = table_of(WorklistTable), table_of(FollowedTable), table_of(ActRow)
@@ -130,8 +131,8 @@ class Counts:
 
 
 class Worklist:
-    def __init__(self, database: Database, vault: Vault) -> None:
-        self._database, self._vault = database, vault
+    def __init__(self, database: Database, vault: Vault, rule: Rule | None = None) -> None:
+        self._database, self._vault, self._rule = database, vault, rule or Rule()
 
     # -- asking ----------------------------------------------------------------------------------------------------
 
@@ -175,6 +176,12 @@ class Worklist:
         with self._database.reading() as session:
             return {row.ref: self._vault.open_text(row.patient) for row in session.execute(query)}
 
+    def two_patients(self, study_refs: Sequence[str]) -> set[str]:
+        """Which of these hold the images of two patients: they go on only as the study of one."""
+        query = sa.select(_studies.c.ref).where(_studies.c.ref.in_(study_refs), _studies.c.two_patients)
+        with self._database.reading() as session:
+            return set(session.execute(query).scalars())
+
     def studies_of(self, identifier: str) -> sa.CompoundSelect[Any]:
         """The studies that an identifier names: patient id, Study Instance UID, accession number or our reference."""
         blinds = self._vault.blinds(identifier)
@@ -211,7 +218,9 @@ class Worklist:
         """Look again at the studies that acts named since the last time, and at the stuck ones; how many changed."""
         with self._database.reading() as session:
             last = session.execute(sa.select(sa.func.max(_acts.c.number))).scalar() or 0
-            seen = session.execute(sa.select(_followed.c.number)).scalar() or 0
+            seen, rule = session.execute(sa.select(_followed.c.number, _followed.c.rule)).first() or (0, "")
+        if rule != self._rule.key:
+            self._place_anew()
         if last <= seen:
             return 0
         with self._database.transaction() as session:
@@ -232,8 +241,21 @@ class Worklist:
         with self._database.transaction() as session:
             session.execute(sa.delete(_rows))
             _followed_row(session)
-            session.execute(sa.update(_followed).values(unread=0, stuck=0, read=0))
+            session.execute(sa.update(_followed).values(unread=0, stuck=0, read=0, rule=self._rule.key))
             return self._renew(session, session.execute(sa.select(_studies.c.ref)).scalars().all())
+
+    def _place_anew(self) -> None:
+        """The site has another rule: the same rows, in its order."""
+        asked = sa.select(*(_rows.c[name] for name in ("study_ref", "outcome", "birads", "probability", "stuck")))
+        found = sa.update(_rows).where(_rows.c.study_ref == sa.bindparam("ref")).values(place=sa.bindparam("to"))
+        with self._database.transaction() as session:
+            _followed_row(session)
+            places = [
+                {"ref": row.study_ref, "to": _place(row, row.stuck, self._rule)} for row in session.execute(asked)
+            ]
+            if places:
+                session.connection().execute(found, places)
+            session.execute(sa.update(_followed).values(rule=self._rule.key))
 
     def _renew(self, session: Session, study_refs: Iterable[str]) -> int:
         _followed_row(session)
@@ -242,7 +264,7 @@ class Worklist:
             part = refs[start : start + AT_ONCE]
             query = sa.select(_rows).where(_rows.c.study_ref.in_(part))
             before = {row.study_ref: Row(**row._mapping) for row in session.execute(query)}
-            now = {row.study_ref: row for row in _made(session, part)}
+            now = {row.study_ref: row for row in _made(session, part, self._rule)}
             different = [ref for ref in now if before.get(ref) != now[ref]]
             gone = [ref for ref in before if ref not in now]
             _replace(
@@ -270,7 +292,7 @@ def _followed_row(session: Session) -> sa.Row[Any]:
         session.execute(sa.text("SELECT pg_advisory_xact_lock(:key)"), {"key": 0x776F726B})
     row = session.execute(sa.select(_followed)).first()
     if row is None:
-        session.execute(sa.insert(_followed).values(id=1, number=0, unread=0, stuck=0, read=0))
+        session.execute(sa.insert(_followed).values(id=1, number=0, unread=0, stuck=0, read=0, rule=""))
         row = session.execute(sa.select(_followed)).one()
     return row
 
@@ -290,7 +312,7 @@ def _replace(session: Session, old: Sequence[Row], new: Sequence[Row]) -> None:
         session.execute(sa.update(_followed).values({name: _followed.c[name] + by for name, by in more.items()}))
 
 
-def _made(session: Session, refs: Sequence[str]) -> list[Row]:
+def _made(session: Session, refs: Sequence[str], rule: Rule) -> list[Row]:
     studies = session.execute(sa.select(_studies).where(_studies.c.ref.in_(refs), _studies.c.key.is_not(None))).all()
     counted = sa.select(_instances.c.study_ref, sa.func.count().label("n"), sa.func.max(_instances.c.received_at))
     counted = counted.where(_instances.c.study_ref.in_(refs), ~_instances.c.conflict).group_by(_instances.c.study_ref)
@@ -311,6 +333,7 @@ def _made(session: Session, refs: Sequence[str]) -> list[Row]:
             jobs.get(study.ref),
             deliveries.get(study.ref, []),
             words.get(study.ref, []),
+            rule,
         )
         for study in studies
     ]
@@ -342,13 +365,20 @@ def _by_study(session: Session, query: sa.Select[Any]) -> dict[str, list[Any]]:
     return found
 
 
-def _row(study: Any, arrived: tuple[int, datetime], result: Any, job: Any, objects: list[Any], words: list[Any]) -> Row:
+def _row(
+    study: Any,
+    arrived: tuple[int, datetime],
+    result: Any,
+    job: Any,
+    objects: list[Any],
+    words: list[Any],
+    rule: Rule,
+) -> Row:
     stuck, since, why = _stuck(study, job, objects)
     stage, delivered_at = _stage(result, objects)
     mine = [word for word in words if result and word.revision == result.revision]
     done = next((word for word in reversed(mine) if word.completes), None)
     not_for_us = result is not None and result.outcome == "not-for-us"
-    rank = result.triage if result else NOBODY_LOOKED if stuck else 0
     return Row(
         study_ref=study.ref,
         received_at=study.first_received_at,
@@ -364,7 +394,7 @@ def _row(study: Any, arrived: tuple[int, datetime], result: Any, job: Any, objec
         birads=result.birads if result else None,
         probability=result.probability if result else None,
         said=_said(result),
-        place=1.0 if not_for_us else -rank - 0.999 * ((result.probability if result else None) or 0.0),
+        place=_place(result, stuck, rule),
         answered_at=result.made_at if result else None,
         delivered_at=delivered_at,
         alarm=result.alarm if result else "",
@@ -373,6 +403,15 @@ def _row(study: Any, arrived: tuple[int, datetime], result: Any, job: Any, objec
         word_by=done.who if done else "",
         word_at=done.at if done else (result.made_at if not_for_us else None),
     )
+
+
+def _place(result: Any, stuck: str, rule: Rule) -> float:
+    outcome = result.outcome if result else ""
+    if outcome == "not-for-us":
+        return LAST
+    if not outcome:
+        return rule.place(None, None, unseen=bool(stuck))
+    return rule.place(result.birads, result.probability, unseen=outcome == "declined")
 
 
 def _stuck(study: Any, job: Any, objects: list[Any]) -> tuple[Stuck, datetime | None, str]:

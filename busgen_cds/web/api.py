@@ -84,6 +84,13 @@ class WordIn(BaseModel):
     note: str = Field(default="", max_length=2000)
 
 
+class WhoseIn(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    patient_id: str = Field(min_length=1, max_length=64, description="As it stands in images of the study.")
+    issuer: str = Field(default="", max_length=64, description="The issuer of that id, if the images state one.")
+
+
 class WordOut(_Answer):
     revision: int
     finding: int
@@ -315,12 +322,16 @@ def say(
 
 
 @router.post("/studies/{study_ref}/retry", tags=["studies"], summary="Take up what is stuck (studies.retry)")
-def retry(request: Request, study_ref: Ref, person: Person = auth.caller("studies.retry")) -> Done:
+def retry(
+    request: Request, study_ref: Ref, whose: WhoseIn | None = None, person: Person = auth.caller("studies.retry")
+) -> Done:
+    """A study of two patients goes on only as the study of one of them, who must be stated."""
     front = auth.front_of(request)
     row = front.caught_up().row(study_ref)
     if row is None:
         raise HTTPException(404, "There is no such study here.")
-    return Done(done=list(front.take_up(row, person)))
+    stated = (whose.patient_id, whose.issuer) if whose else ()
+    return Done(done=list(front.take_up(row, person, *stated)))
 
 
 # -- operations

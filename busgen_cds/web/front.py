@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -18,11 +18,12 @@ import sqlalchemy as sa
 
 from busgen_cds.store import audit
 from busgen_cds.store.audit import Act
-from busgen_cds.store.cases import Cases
+from busgen_cds.store.cases import Cases, Unfit
 from busgen_cds.store.jobs import Jobs
 from busgen_cds.store.people import People, Person
 from busgen_cds.store.results import Results
 from busgen_cds.store.worklist import Row, Worklist
+from busgen_cds.study import Patient
 from busgen_cds.web.bench import Bench
 from busgen_cds.web.site import LiveBundle, Site
 
@@ -58,7 +59,7 @@ class Front:
         self.cases = Cases(site.database, site.vault, site.clock)
         self.results = Results(site.database, site.vault, site.clock)
         self.jobs = Jobs(site.database, site.clock)
-        self.worklist = Worklist(site.database, site.vault)
+        self.worklist = Worklist(site.database, site.vault, site.triage)
         self.log_ins, self.calls = Limit(LOG_INS_PER_MINUTE), Limit(CALLS_PER_MINUTE)
         self.passphrases = Limit(PASSPHRASES_PER_MINUTE)
         self.bench = Bench(site.studio) if site.studio else None
@@ -73,15 +74,27 @@ class Front:
         self.worklist.catch_up()
         return self.worklist
 
-    def take_up(self, row: Row, person: Person) -> Sequence[str]:
-        """What is stuck for a study goes on; what is not is left alone."""
+    def take_up(self, row: Row, person: Person, patient: str = "", issuer: str = "") -> Sequence[str]:
+        """What is stuck for a study goes on; what is not is left alone. With the images of two patients under it, as
+        the study of the one who is stated."""
         if row.stuck == "held":
-            self.site.release(row.study_ref, person.name)
+            whose = self._one_of(row.study_ref, patient, issuer) if patient else None
+            self.site.release(row.study_ref, person.name, whose)
             taken: Sequence[str] = ["released"]
         else:
             taken = self.site.retry(row.study_ref, person.name) if row.stuck else []
         self.worklist.refresh(row.study_ref)
         return taken
+
+    def patients_in(self, study_ref: str) -> dict[Patient, int]:
+        """Whose the images of a study say they are, and how many pictures and clips each has."""
+        return dict(Counter(slide.patient for slide in self.site.slides(study_ref) if slide.patient.id))
+
+    def _one_of(self, study_ref: str, patient: str, issuer: str) -> Patient:
+        stated = Patient(patient, issuer=issuer)
+        if stated not in self.patients_in(study_ref):
+            raise Unfit("No image of this study carries that patient id: state one that stands in its images.")
+        return stated
 
     def last_act(self) -> int:
         with self.site.database.reading() as session:

@@ -77,13 +77,15 @@ def operation(front: Front) -> dict[str, Any]:
     worklist = front.caught_up()
     times = worklist.answer_times(now - timedelta(days=1))
     waiting = front.jobs.all("waiting")
+    stuck = worklist.rows("stuck", limit=MOST_WAITING)
     return {
         "nodes": front.site.nodes,
         "disk": disk,
         "counts": worklist.counts(),
         "waiting": waiting,
         "oldest": max(((now - job.since).total_seconds() for job in waiting), default=0.0),
-        "stuck": worklist.rows("stuck", limit=MOST_WAITING),
+        "stuck": stuck,
+        "shared": worklist.two_patients([row.study_ref for row in stuck if row.stuck == "held"]),
         "deliveries": _by_destination(front),
         "alive": front.jobs.alive(within=ALIVE),
         "silent": front.jobs.silent(since=ALIVE),

@@ -22,6 +22,7 @@ from busgen_cds.store.cases import READER_CATEGORIES, REASONS, WHOLE_STUDY, Cont
 from busgen_cds.store.people import Person
 from busgen_cds.store.results import Entry, Shown
 from busgen_cds.store.worklist import STAGES, Row
+from busgen_cds.study import Patient
 from busgen_cds.web import auth, render
 from busgen_cds.web.front import Front
 from busgen_cds.web.site import Site, Slide
@@ -70,6 +71,20 @@ def show(
     opened = open_study(front, study_ref, revision)
     front.looked(person, study_ref, opened.shown.entry.revision if opened.shown else 0)
     return render.page(request, "reading.html", _values(front, opened, person))
+
+
+@router.get("/studies/{study_ref}/stuck")
+def stuck(
+    request: Request, study_ref: str, revision: int, instances: int, person: Person = auth.page("studies.read")
+) -> Response:
+    """What holds a study up now, and whether it moved since a page was opened that showed so much of it. A page that
+    showed no answer is loaded anew; one that did is told, because somebody may be drawing on it."""
+    front = auth.front_of(request)
+    row = front.caught_up().row(study_ref)
+    if row is None or (revision == 0 and (row.revision > 0 or row.instances != instances)):
+        return Response(status_code=204, headers={"HX-Refresh": "true"})
+    values = {"row": row, "whose": _whose(front, study_ref), "seen": revision, "instances": instances}
+    return render.page(request, "reading_stuck.html", values)
 
 
 @router.get("/studies/{study_ref}/frames/{sop_instance_uid}/{frame_number}")
@@ -179,8 +194,9 @@ def _heat(answer: Any, finding: int) -> HeatMap | None:
 
 def _values(front: Front, opened: Open, person: Person) -> dict[str, Any]:
     answer = opened.shown.answer if opened.shown else None
-    patient = front.worklist.patients([opened.row.study_ref]).get(opened.row.study_ref, "")
-    slides = front.site.slides(opened.row.study_ref)
+    ref = opened.row.study_ref
+    patient = front.worklist.patients([ref]).get(ref, "")
+    slides = front.site.slides(ref)
     return {
         "open": opened,
         "slides": slides,
@@ -190,6 +206,9 @@ def _values(front: Front, opened: Open, person: Person) -> dict[str, Any]:
         "declined": answer if isinstance(answer, Declined) else None,
         "left_out": _left_out(answer),
         "patient": patient,
+        "seen": opened.shown.entry.revision if opened.shown else 0,
+        "instances": opened.row.instances,
+        "whose": _whose(front, ref),
         "next": front.worklist.next_unread(after=opened.row),
         "stages": STAGES,
         "reasons": REASONS,
@@ -198,6 +217,10 @@ def _values(front: Front, opened: Open, person: Person) -> dict[str, Any]:
         "viewer": _viewer(front.site, opened),
         "data": _data(opened, slides),
     }
+
+
+def _whose(front: Front, study_ref: str) -> dict[Patient, int]:
+    return front.patients_in(study_ref) if front.worklist.two_patients([study_ref]) else {}
 
 
 def _left_out(answer: Any) -> list[tuple[str, int]]:

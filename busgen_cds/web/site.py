@@ -21,7 +21,8 @@ from busgen_cds.store.drift import Drift
 from busgen_cds.store.shadow import Shadow
 from busgen_cds.store.shelf import Shelf, Shelved, Standing
 from busgen_cds.store.vault import Vault
-from busgen_cds.study import Source, Spacing
+from busgen_cds.study import Patient, Source, Spacing
+from busgen_cds.triage import Rule
 from busgen_cds.web.bench import Studio
 from busgen_cds.web.oidc import Provider
 
@@ -37,6 +38,8 @@ class Slide(Protocol):
     def spacing(self) -> Spacing | None: ...
     @property
     def seconds_per_frame(self) -> float: ...
+    @property
+    def patient(self) -> Patient: ...
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ class Site:
     evidence: Callable[[HeatMap], bytes]  # → PNG with an alpha channel, to lay over the map's region
     confirm: Callable[[Word, int], bool]  # a reader's word on a result with so many findings; False: said already
     retry: Callable[[str, str], Sequence[str]]  # study_ref, who → what was taken up again
-    release: Callable[[str, str], None]  # a held study, who
+    release: Callable[[str, str, Patient | None], None]  # a held study, who, and whose it is if it is of two patients
     resume: Callable[[str], bool]  # the engine, who
     echo: Callable[[str], float]  # node → seconds
     models: Models | None = None  # None: no shelf, only the bundle that is live
@@ -98,5 +101,6 @@ class Site:
     provider: Provider | None = None  # who vouches for people; local accounts work beside it
     studio: Callable[[], Studio] | None = None  # opens what makes images; None: no training packages here
     secure: bool = False  # pages are reached by https: cookies travel by nothing else
+    triage: Rule = field(default_factory=Rule)  # in which order unread studies stand
     clock: Callable[[], datetime] = lambda: datetime.now(UTC)
     version: str = __version__

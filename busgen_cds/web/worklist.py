@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Form, Query, Request
 from starlette.responses import Response
 
 from busgen_cds.birads import CATEGORIES
@@ -19,6 +19,7 @@ from busgen_cds.web.front import Front
 PAGE = 50
 MOST_STUCK = 5
 SAID = (*reversed(CATEGORIES), "declined", "none", "not-for-us")
+Identifier = Annotated[str, Form(max_length=64)]
 _SAID_NAMES = {"declined": "Not analysed", "none": "No lesion found", "not-for-us": "Not for us"}
 
 router = APIRouter()
@@ -39,10 +40,17 @@ def show(
 
 
 @router.post("/studies/{study_ref}/retry")
-def retry(request: Request, study_ref: str, person: Person = auth.page("studies.retry")) -> Response:
+def retry(
+    request: Request,
+    study_ref: str,
+    patient: Identifier = "",
+    issuer: Identifier = "",
+    person: Person = auth.page("studies.retry"),
+) -> Response:
+    """`patient` and `issuer`: of a study of two patients, the one whose it is."""
     front = auth.front_of(request)
     row = front.caught_up().row(study_ref)
-    taken = front.take_up(row, person) if row else []
+    taken = front.take_up(row, person, patient, issuer) if row else []
     said = f"Taken up again: {', '.join(taken)}." if taken else "It is not stuck any more."
     return Response(said, headers={"HX-Trigger": "changed"}, media_type="text/plain")
 
@@ -55,6 +63,7 @@ def _values(front: Front, view: View, said: str, search: str, offset: int) -> di
     return {
         "rows": shown,
         "stuck": stuck,
+        "shared": worklist.two_patients([row.study_ref for row in (*shown, *stuck) if row.stuck == "held"]),
         "patients": worklist.patients([row.study_ref for row in (*shown, *stuck)]),
         "counts": worklist.counts(),
         "view": view,
@@ -68,6 +77,7 @@ def _values(front: Front, view: View, said: str, search: str, offset: int) -> di
         "stages": STAGES,
         "stuck_words": STUCK_WORDS,
         "waited": _waited,
+        "order": front.site.triage.words,
     }
 
 

@@ -117,7 +117,7 @@ class Practice:
             evidence=screen.evidence,
             confirm=lambda word, findings: self.cases.say(word, findings=findings),
             retry=lambda study_ref, who: self.desk.retry(study_ref, who=who),
-            release=lambda study_ref, who: self.inbox.release(study_ref, who),
+            release=self.inbox.release,
             resume=lambda who: self.jobs.resume_engine(who=who),
             echo=self.echo,
             nodes=(

@@ -11,6 +11,7 @@ import pytest
 
 from busgen_cds import web
 from busgen_cds.store.people import RIGHTS, Right
+from tests import images
 from tests.images import breast_study
 from tests.web import explore
 from tests.web.conftest import STAFF
@@ -138,6 +139,21 @@ def test_a_study_by_api(address: str, practice: Practice) -> None:
         assert client.post(f"/api/v1/studies/{ref}/words", json=word).status_code == 200
     assert len(practice.cases.words(ref)) == 1
     assert practice.acts("finding edited") == [("finding edited", "rita")]
+
+
+def test_a_study_of_two_patients_by_api(address: str, practice: Practice) -> None:
+    """A program releases a study of two patients only as that of one whom its images name, and once."""
+    study = images.uid("two patients by api")
+    for n, patient in enumerate(("API-1", "API-2")):
+        ref = practice.receives(images.breast_study(n + 1, seed=97, patient_id=patient, study_uid=study)[n:])
+    client = httpx.Client(base_url=address, headers=token(practice, "otto"), timeout=60)
+    retry = f"/api/v1/studies/{ref}/retry"
+    nobody_said = client.post(retry)
+    assert (nobody_said.status_code, "say whose it is" in nobody_said.json()["detail"]) == (503, True)
+    assert client.post(retry, json={"patient_id": "API-3"}).status_code == 422
+    assert client.post(retry, json={"patient_id": "API-1"}).json() == {"done": ["released"]}
+    assert client.post(retry, json={"patient_id": "API-2"}).json() == {"done": []}
+    assert practice.patient(ref) == "API-1"
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from busgen_cds.store.cases import Word
+from tests import images
 from tests.images import breast_study
 from tests.web.practice import PASSWORD, Practice, Says
 
@@ -209,6 +210,22 @@ def test_a_newer_revision_is_not_confirmed_unseen(practice: Practice, reader: Pe
 
 
 @pytest.mark.program
+def test_a_study_that_lies_open_goes_on(practice: Practice, reader: Person) -> None:
+    """A page opened before the answer shows it when it comes; one that shows an answer says that a newer one came."""
+    ref = a_study(practice, None)
+    reader.opens(ref)
+    assert "Not answered yet" in reader.sees(".study-said")
+    practice.answers(ref, Says("4B"))
+    assert "4B" in reader.sees(".study-said .chip.c4b")
+    reader.sees("#view[data-shown]")
+    reader.presses("e")
+    reader.page.wait_for_selector("#overlay .handle")
+    practice.answers(ref, Says("5"))
+    assert "A newer revision came" in reader.sees("#stuck .problem")
+    assert reader.page.query_selector("#overlay .handle"), "what is being drawn is left alone"
+
+
+@pytest.mark.program
 def test_the_image(practice: Practice, reader: Person) -> None:
     """Frames by wheel and keys, zoom, window and overlays do what they say."""
     ref = a_study(practice, Says("4B", frame=4), n=2, cine=8)
@@ -304,6 +321,31 @@ def test_release_what_is_held(practice: Practice, operator: Person) -> None:
     operator.is_told("released")
     assert practice.inbox.held(ref) is None
     assert ("study released", "otto") in practice.acts("study released")
+
+
+@pytest.mark.program
+def test_release_as_the_study_of_one_patient(practice: Practice, operator: Person, reader: Person) -> None:
+    """A study of two patients is released on its page as that of one whom its images name, once, by an operator."""
+    seed, study = next(_seeds), images.uid("of two patients")
+    practice.receives(breast_study(2, seed=seed, patient_id="P-ONE", study_uid=study))
+    ref = practice.receives(breast_study(3, seed=seed, patient_id="P-TWO", study_uid=study)[2:])
+    practice.worklist_row(ref)
+    reader.opens(ref)
+    assert "in 2 images" in reader.sees(".whose li:has-text('P-ONE')")
+    assert reader.page.query_selector(".whose button") is None
+    operator.goes("/worklist?view=stuck")
+    operator.page.click(f"tr:has(a[href='/studies/{ref}']) a:has-text('Whose is it?')")
+    operator.page.once("dialog", lambda asked: asked.accept())
+    operator.page.click("button[aria-label='It is the study of P-TWO']")
+    operator.is_told("released")
+    operator.page.wait_for_selector(".whose", state="detached")
+    assert practice.inbox.held(ref) is None
+    assert practice.patient(ref) == "P-TWO"
+    again = f"htmx.ajax('POST', '/studies/{ref}/retry', {{target: '#said', values: {{patient: 'P-ONE'}}}})"
+    operator.page.evaluate(again)
+    operator.is_told("not stuck any more")
+    assert practice.patient(ref) == "P-TWO"
+    assert acts_on(practice, ref).count("study released") == 1
 
 
 @pytest.mark.program

@@ -51,11 +51,11 @@ document.body.addEventListener("htmx:afterSwap", (event) => {
 // -- news
 
 const live = document.getElementById("live");
-if (document.querySelector("[data-live]") && live) {
+if (document.querySelector("[data-live]")) {
   const news = new EventSource("/events");
-  news.addEventListener("hello", () => live.classList.add("on"));
+  news.addEventListener("hello", () => live?.classList.add("on"));
   news.addEventListener("changed", () => htmx.trigger(document.body, "changed"));
-  news.addEventListener("error", () => live.classList.remove("on"));
+  news.addEventListener("error", () => live?.classList.remove("on"));
   addEventListener("pagehide", () => news.close());
 }
 
