@@ -43,7 +43,9 @@ def train(
     preset: Annotated[str, typer.Option(help="cpu or gpu.")] = "cpu",
     seed: int = 0,
     steps: int | None = None,
-    init: Annotated[Path | None, typer.Option(help="Starting weights of the encoder (npz).")] = None,
+    encoder: Annotated[str, typer.Option(help="mobilenet or lite0; the starting weights must be its own.")] = "lite0",
+    blind: Annotated[float, typer.Option(help="Share of steps whose attention is even over the image.")] = 0.15,
+    init: Annotated[Path | None, typer.Option(help="Starting weights: MobileNetV2 (npz), EfficientNet (pth).")] = None,
     start: Annotated[Path | None, typer.Option(help="A finished run's checkpoint to go on from.")] = None,
     task: Annotated[list[Path] | None, typer.Option(help="Task files: one more head each.")] = None,
     fold: Annotated[str | None, typer.Option(help="k/n: leave fold k of n patients out (cross-validation).")] = None,
@@ -57,6 +59,7 @@ def train(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from busgen_cds.learning import tasks
+    from busgen_cds.learning.reader import Shape
     from busgen_cds.learning.recipes import train_reader
 
     settings = train_reader.Settings(
@@ -64,6 +67,7 @@ def train(
         | {"sources": tuple(sources.split(",")), "seed": seed, "threads": threads, "fold": _fold(fold)}
         | {"tasks": tuple(tasks.read(path) for path in task or ()), "generated": share if generated else 0.0}
         | ({"steps": steps} if steps else {})
+        | {"shape": Shape(encoder=_known_encoder(encoder), blind=blind)}
         | _settings(set_ or [])
     )
     columns = (
@@ -83,6 +87,14 @@ def train(
 
         path = train_reader.train(_root(data), out, settings, init, start, cache, tell, generated)
     console.print(f"Trained: {path}")
+
+
+def _known_encoder(name: str) -> str:
+    from busgen_cds.learning.encoders import PLANS
+
+    if name not in PLANS:
+        raise typer.BadParameter(f"known encoders are {' and '.join(PLANS)}")
+    return name
 
 
 def _fold(text: str | None) -> tuple[int, int] | None:

@@ -24,7 +24,7 @@ from monai.networks.nets.autoencoderkl import AutoencoderKL
 from monai.networks.nets.patchgan_discriminator import PatchDiscriminator
 from torch import Tensor, nn
 
-from busgen_cds.learning.reader import Encoder
+from busgen_cds.learning.encoders import Encoder
 
 FACTOR = 8  # pixels per latent cell, each way
 QUIET = -6.0  # logarithm of the latent's first variance: little noise, so that the linear code survives

@@ -23,7 +23,8 @@ from busgen_cds import pixels
 from busgen_cds.errors import Misconfigured
 from busgen_cds.learning import checkpoint
 from busgen_cds.learning.autoencoder import Autoencoder
-from busgen_cds.learning.reader import Encoder, Reader, Reading, Shape
+from busgen_cds.learning.encoders import Encoder
+from busgen_cds.learning.reader import Reader, Reading, Shape
 
 Squares = NDArray[np.uint8]  # (N, S, S)
 Vectors = NDArray[np.float32]  # (N, D)

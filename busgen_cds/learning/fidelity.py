@@ -29,8 +29,8 @@ from torch import nn
 
 from busgen_cds.learning import figures
 from busgen_cds.learning.embed import Embedding, Squares, Vectors
+from busgen_cds.learning.encoders import DEEP, Encoder
 from busgen_cds.learning.figures import Interval
-from busgen_cds.learning.reader import DEEP, Encoder
 
 QUALITY = 90  # of the JPEG that every image meets
 BLUR = 0.7  # pixels: the standard deviation that a judge must notice

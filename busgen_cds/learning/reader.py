@@ -6,25 +6,19 @@ Rules:
   what lies around the lesion still speaks through the receptive field.
 - Every further task is one more head of the same shape: evidence, weighed, summed.
 - Normalisation never mixes images of a batch: a frame's answer depends on that frame alone.
-
-Encoder: MobileNetV2 (Sandler et al. 2018, arXiv 1801.04381), batch norm folded into the convolutions.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# expansion, channels, blocks, stride (table 2 of the paper)
-STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
-TAPS = {2: 24, 5: 32, 12: 96}  # block → channels kept for the decoder, at strides 4, 8 and 16
-DEEP = 1280
+from busgen_cds.learning.encoders import DEEP, Encoder
+
 MALIGNANCY = "malignancy"
 
 
@@ -32,6 +26,7 @@ MALIGNANCY = "malignancy"
 class Shape:
     """What must be known to build the network again."""
 
+    encoder: str = "mobilenet"  # or lite0
     width: int = 96
     floor: float = 0.05  # share of the attention that is spread over the whole image
     quantum: float = 4.0  # cells of mask below which attention falls back to the whole image
@@ -48,74 +43,6 @@ class Reading(NamedTuple):
     heat: Tensor  # (N, h, w) signed evidence: heat.sum + bias = malignancy
     embedding: Tensor  # (N, D)
     tasks: dict[str, Tensor]  # (N, outputs) logits of each further head
-
-
-class Same(nn.Conv2d):
-    """A 3x3 convolution that pads as TensorFlow does: at stride 2 on the right and below only."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int, groups: int = 1, blank: float = 0.0) -> None:
-        super().__init__(inputs, outputs, 3, stride, padding=1 if stride == 1 else 0, groups=groups)
-        self.blank = blank
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.stride[0] == 2:
-            x = F.pad(x, (0, 1, 0, 1), value=self.blank)
-        return super().forward(x)
-
-
-class Inverted(nn.Module):
-    """Expand, filter each channel, project back; added to its input where shapes allow."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int, expansion: int) -> None:
-        super().__init__()
-        middle = inputs * expansion
-        layers: list[nn.Module] = [nn.Conv2d(inputs, middle, 1), nn.ReLU6()] if expansion > 1 else []
-        layers += [Same(middle, middle, stride, groups=middle), nn.ReLU6(), nn.Conv2d(middle, outputs, 1)]
-        self.layers = nn.Sequential(*layers)
-        self.skips = stride == 1 and inputs == outputs
-
-    def forward(self, x: Tensor) -> Tensor:
-        projected: Tensor = self.layers(x)
-        return x + projected if self.skips else projected
-
-
-class Encoder(nn.Module):
-    """(N, 1, H, W) in 0..1 → features at strides 4, 8, 16 and 32."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = Same(1, 32, 2, blank=0.5)  # 0.5 is the zero of the RGB network's -1..1 input
-        blocks, inputs = [], 32
-        for expansion, channels, count, stride in STAGES:
-            for i in range(count):
-                blocks.append(Inverted(inputs, channels, stride if i == 0 else 1, expansion))
-                inputs = channels
-        self.blocks = nn.ModuleList(blocks)
-        self.deep = nn.Conv2d(inputs, DEEP, 1)
-
-    def forward(self, image: Tensor) -> list[Tensor]:
-        x, taps = F.relu6(self.stem(image)), []
-        for i, block in enumerate(self.blocks):
-            x = block(x)
-            if i in TAPS:
-                taps.append(x)
-        return [*taps, F.relu6(self.deep(x))]
-
-    def start_from(self, path: Path) -> None:
-        """ImageNet weights in op order; the colour channels are summed into the grey one."""
-        arrays = np.load(path)
-        names = sorted(name[:-2] for name in arrays if name.endswith("_w"))
-        convolutions = [m for m in self.modules() if isinstance(m, nn.Conv2d)]
-        with torch.no_grad():
-            for name, convolution in zip(names, convolutions, strict=False):
-                weight, bias = torch.tensor(arrays[name + "_w"]), torch.tensor(arrays[name + "_b"])
-                # depthwise is 1HWC, the rest OHWI
-                weight = weight.permute(3, 0, 1, 2) if "depthwise" in name else weight.permute(0, 3, 1, 2)
-                if convolution is self.stem:  # W(2v - 1) + b = (2 sum W) v + (b - sum W)
-                    bias = bias - weight.sum((1, 2, 3))
-                    weight = 2 * weight.sum(1, keepdim=True)
-                convolution.weight.copy_(weight)
-                convolution.bias.copy_(bias)  # type: ignore[union-attr]
 
 
 def _norm(channels: int) -> nn.Module:
@@ -155,10 +82,11 @@ class Reader(nn.Module):
     def __init__(self, shape: Shape = Shape()) -> None:
         super().__init__()
         width, self.shape = shape.width, shape
-        self.encoder = Encoder()
-        channels = (*TAPS.values(), DEEP)
-        self.lateral = nn.ModuleList(nn.Sequential(nn.Conv2d(c, width, 1, bias=False), _norm(width)) for c in channels)
-        self.smooth = nn.ModuleList(Smooth(width) for _ in channels)
+        self.encoder = Encoder(shape.encoder)
+        self.lateral = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(c, width, 1, bias=False), _norm(width)) for c in self.encoder.channels
+        )
+        self.smooth = nn.ModuleList(Smooth(width) for _ in self.lateral)
         self.mask = nn.Conv2d(width, 1, 1)
         nn.init.constant_(self.mask.bias, -2.0)  # type: ignore[arg-type]
         self.tower = nn.ModuleList(Smooth(width) for _ in range(2))

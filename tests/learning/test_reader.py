@@ -10,9 +10,11 @@ import numpy as np
 import onnx
 import pytest
 import torch
+import torch.nn.functional as F
 
 from busgen_cds.errors import Misconfigured
 from busgen_cds.learning import evaluate, export
+from busgen_cds.learning.encoders import Encoder
 from busgen_cds.learning.reader import MALIGNANCY, Reader, Shape, attend
 
 
@@ -85,10 +87,51 @@ def test_starting_weights_see_grey_as_equal_colours(tmp_path: Path) -> None:
     torch.testing.assert_close(encoder.stem(grey), expected, atol=1e-4, rtol=1e-4)
 
 
+def test_an_encoder_starts_as_the_efficientnet_that_its_file_holds(tmp_path: Path) -> None:
+    """Folding EfficientNet-Lite's batch norms into its convolutions changes no answer; the grey is its RGB's."""
+    rng = torch.Generator().manual_seed(5)
+    encoder = Encoder("lite0")
+    state: dict[str, torch.Tensor] = {}
+    convolutions = [m for m in encoder.modules() if isinstance(m, torch.nn.Conv2d)]
+    for i, conv in enumerate(convolutions):
+        out, inner, *kernel = conv.weight.shape
+        state[f"c{i:02d}.weight"] = torch.randn(out, 3 if i == 0 else inner, *kernel, generator=rng)
+        for name, low, high in (("weight", 0.5, 2), ("bias", -1, 1), ("running_mean", -1, 1), ("running_var", 0.1, 3)):
+            state[f"n{i:02d}.{name}"] = torch.rand(out, generator=rng) * (high - low) + low
+    torch.save(state, tmp_path / "start.pth")
+    encoder.start_from(tmp_path / "start.pth")
+
+    norm = {name: state[f"n00.{name}"] for name in ("running_mean", "running_var", "weight", "bias")}
+    grey = frames(1)
+    colour = F.pad(((255 * grey - 127) / 128).expand(1, 3, 64, 64), (0, 1, 0, 1))
+    expected = F.batch_norm(F.conv2d(colour, state["c00.weight"], stride=2), *norm.values(), eps=1e-3)
+    torch.testing.assert_close(encoder.stem(grey)[..., :-1, :-1], expected[..., :-1, :-1], atol=1e-3, rtol=1e-3)
+
+
+def test_starting_weights_of_another_encoder_are_refused(tmp_path: Path) -> None:
+    """Weights that do not fit the encoder, or are no weights, are refused with the file's name."""
+    tensors = {"c.weight": torch.zeros(8, 3, 3, 3), "n.weight": torch.ones(8), "n.bias": torch.zeros(8)}
+    torch.save(tensors | {"n.running_mean": torch.zeros(8), "n.running_var": torch.ones(8)}, tmp_path / "other.pth")
+    with pytest.raises(Misconfigured, match=r"other\.pth holds the weights of another encoder"):
+        Encoder("lite0").start_from(tmp_path / "other.pth")
+    (tmp_path / "text.pth").write_text("no weights")
+    with pytest.raises(Misconfigured, match=r"text\.pth holds no starting weights"):
+        Encoder("lite0").start_from(tmp_path / "text.pth")
+
+
+def test_what_is_held_learns_nothing() -> None:
+    """A held part of the encoder gets no gradient; letting go gives it one again."""
+    encoder = Encoder("lite0")
+    for blocks, learning in ((None, False), (3, True), (0, True)):
+        encoder.hold(blocks)
+        assert encoder.deep.weight.requires_grad is learning
+        assert encoder.stem.weight.requires_grad is (blocks == 0)
+
+
 @pytest.fixture(scope="module")
 def exported(reader: Reader) -> tuple[export.Deployed, bytes]:
     torch.manual_seed(1)
-    deployed = export.Deployed([reader, Reader(Shape(width=16)).eval()]).eval()
+    deployed = export.Deployed([reader, Reader(Shape(width=16, encoder="lite0")).eval()]).eval()
     with torch.no_grad():
         for tensor in deployed.state_dict().values():
             tensor.copy_(tensor.half().float())

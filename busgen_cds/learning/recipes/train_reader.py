@@ -51,6 +51,8 @@ class Settings:
     rate: float = 4e-4  # of the new layers
     encoder_rate: float = 2e-4
     warm_up: int = 150  # steps
+    probe: float = 0.0  # the first part of the run, in which the encoder holds still (Kumar et al. 2022)
+    still: int = 0  # first blocks of the encoder that never learn
     decay: float = 0.03
     clip: float = 2.0  # of the gradient's norm
     average: float = 0.997  # of the weights, per step
@@ -130,7 +132,7 @@ def train(
         # Restore.
         path = out / CHECKPOINT
         first = _restore(path, reader, average, optimiser, settings)
-        network: nn.Module = nn.parallel.DistributedDataParallel(reader) if world > 1 else reader
+        network: nn.Module = _shared(reader, settings) if world > 1 else reader
         began, seen, loss = time.monotonic(), 0, math.nan
 
         # Loop.
@@ -142,12 +144,18 @@ def train(
                 save(path, reader, average, optimiser, settings, step)
             if step == settings.steps:
                 break
+            reader.encoder.hold(None if step < settings.probe * settings.steps else settings.still)
             for group in optimiser.param_groups:
                 group["lr"] = group["peak"] * _pace(step, settings)
             batch = make_batch(images, targets, weights, marks, settings, step, rank, world)
             loss = _step(network, reader, average, optimiser, batch, settings, step, device)
             seen += settings.batch
     return path
+
+
+def _shared(reader: Reader, settings: Settings) -> nn.Module:
+    held = settings.probe > 0 or settings.still > 0  # what holds still has no gradient to wait for
+    return nn.parallel.DistributedDataParallel(reader, find_unused_parameters=held)
 
 
 def choose(rows: list[data.Row], settings: Settings) -> tuple[list[data.Row], list[data.Row]]:
@@ -315,7 +323,10 @@ def _optimiser(reader: Reader, settings: Settings) -> torch.optim.AdamW:
 
 def _begin(reader: Reader, init: Path | None, start: Path | None) -> None:
     if start is not None:
-        tensors, _ = checkpoint.read(start)
+        tensors, notes = checkpoint.read(start)
+        theirs = notes.get("settings", {}).get("shape", {}).get("encoder", "mobilenet")
+        if theirs != reader.shape.encoder:
+            raise Misconfigured(f"{start} stands on the encoder {theirs}: go on from it with --encoder {theirs}.")
         known = reader.state_dict()
         taken = {k: v for k, v in checkpoint.part(tensors, "average.").items() if k in known}
         reader.load_state_dict({**known, **taken})
