@@ -19,6 +19,11 @@ LICENCES = {
     "unsettled",
 }
 
+STARTS = {
+    "mobilenet": "MobileNetV2 1.0 (ImageNet, Apache-2.0)",
+    "lite0": "EfficientNet-Lite0 (ImageNet, Apache-2.0)",
+}
+
 _TEXT = """# {name} {version}
 
 A network that reads still frames of B-mode breast ultrasound: lesion outline, presence of a lesion, likelihood of
@@ -39,7 +44,7 @@ radiologist; it never decides.
 {generated}
 
 No patient of a test split was seen; the code refuses to train otherwise. Near-duplicate images of BUSI stay together.
-Start of training: MobileNetV2 1.0 (ImageNet, Apache-2.0). Input: `pixels` version {pixels}, {size} × {size}.
+Start of training: {starts}. Input: `pixels` version {pixels}, {size} × {size}.
 
 | device | images in training | malignant |
 |---|---|---|
@@ -81,6 +86,7 @@ def write(
         version=version,
         data="\n".join(_source(source, train) for source in sorted({row.source for row in train.rows})),
         generated=_generated(settings),
+        starts=_starts(settings),
         pixels=pixels.VERSION,
         size=pixels.SIZE,
         devices=_devices(train),
@@ -105,6 +111,12 @@ def _generated(settings: Mapping[str, Any]) -> str:
     if not any(shares):
         return "- No generated image."
     return "- Generated images: " + ", ".join(f"{share:.0%}" for share in shares) + " of every batch, member by member."
+
+
+def _starts(settings: Mapping[str, Any]) -> str:
+    shapes = [member.get("settings", {}).get("shape", {}) for member in settings.get("members", ())]
+    encoders = dict.fromkeys(shape.get("encoder", "mobilenet") for shape in shapes)
+    return ", ".join(STARTS.get(name, name) for name in encoders) or "not stated"
 
 
 def _devices(images: Images) -> str:
