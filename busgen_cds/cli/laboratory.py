@@ -142,6 +142,7 @@ def seal(
     name: str = "busgen-reader",
     data: Data = None,
     mirrored: Annotated[bool, typer.Option(help="Average the mirrored view as well.")] = True,
+    drawing: Annotated[int, typer.Option(help="The outline is drawn by the first members only; 0: by all.")] = 0,
     figures: Annotated[Path | None, typer.Option(help="reader.json of an evaluation, for the card.")] = None,
     sweeps: Annotated[str, typer.Option(help="Simulated studies for the pooling: patients x frames.")] = "40x120",
     cache: Cache = Path("runs/cache"),
@@ -152,7 +153,7 @@ def seal(
     measured = json.loads(figures.read_text())["summary"] if figures else None
     patients, _, frames = sweeps.partition("x")
     today = datetime.datetime.now(datetime.UTC).date()
-    choice = make_bundle.Choice(name, version, today, mirrored, sweeps=int(patients), sweep_frames=int(frames))
+    choice = make_bundle.Choice(name, version, today, mirrored, drawing, sweeps=int(patients), sweep_frames=int(frames))
     candidate = make_bundle.make(_root(data), checkpoints, choice, cache, measured, tell=console.print)
     _sign(candidate, out, trust)
     console.print_json(json.dumps(dict(candidate.manifest.figures)))

@@ -39,19 +39,26 @@ Run = Callable[[NDArray[np.float32]], Mapping[str, NDArray[np.float32]]]
 
 
 class Deployed(nn.Module):
-    """What is shipped: members and the mirrored view averaged; mask as probabilities at stride 2."""
+    """What is shipped: members and the mirrored view averaged; mask as probabilities at stride 2.
 
-    def __init__(self, members: Sequence[Reader], mirrored: bool = True) -> None:
+    The first `drawing` members draw the outline, all of them where it is 0: who judges best need not draw best.
+    """
+
+    def __init__(self, members: Sequence[Reader], mirrored: bool = True, drawing: int = 0) -> None:
         super().__init__()
-        self.members, self.mirrored = nn.ModuleList(members), mirrored
+        if not 0 <= drawing <= len(members):
+            raise Misconfigured(f"{drawing} members cannot draw the outline: there are {len(members)}.")
+        self.members, self.mirrored, self.drawing = nn.ModuleList(members), mirrored, drawing or len(members)
         self.tasks = tuple(members[0].shape.tasks)
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         views = [(member(image), False) for member in self.members]
+        drawn = views[: self.drawing]
         if self.mirrored:
             turned = image.flip(3)
-            views += [(member(turned), True) for member in self.members]
-        masks = torch.stack([_turn(r.mask, back) for r, back in views])  # (V, N, 1, h, w) logits
+            mirrored = [(member(turned), True) for member in self.members]
+            views, drawn = views + mirrored, drawn + mirrored[: self.drawing]
+        masks = torch.stack([_turn(r.mask, back) for r, back in drawn])  # (V, N, 1, h, w) logits
         grid = (2 * masks.shape[-2], 2 * masks.shape[-1])
         mask = F.interpolate(masks.mean(0), size=grid, mode="bilinear", align_corners=False).sigmoid()
         scores = torch.stack([r.malignancy for r, _ in views])
@@ -78,7 +85,7 @@ def _turn(map_: Tensor, back: bool) -> Tensor:
 
 
 def open_checkpoints(
-    paths: Sequence[Path], mirrored: bool = True, floor: float | None = None
+    paths: Sequence[Path], mirrored: bool = True, floor: float | None = None, drawing: int = 0
 ) -> tuple[Deployed, list[dict[str, Any]]]:
     """The averaged weights of some runs as one network, rounded to what will be stored, and what each run was."""
     members, notes = [], []
@@ -89,7 +96,7 @@ def open_checkpoints(
         member.load_state_dict(checkpoint.part(tensors, "average."))
         members.append(member)
         notes.append(note)
-    deployed = Deployed(members, mirrored)
+    deployed = Deployed(members, mirrored, drawing)
     with torch.no_grad():
         for tensor in deployed.state_dict().values():
             tensor.copy_(tensor.half().float())

@@ -138,6 +138,20 @@ def exported(reader: Reader) -> tuple[export.Deployed, bytes]:
     return deployed, export.to_onnx(deployed, size=64)
 
 
+def test_the_outline_may_be_drawn_by_the_first_members_alone(reader: Reader) -> None:
+    """With one member drawing, the outline is that member's and the score is everybody's."""
+    other, x = Reader(Shape(width=16)).eval(), frames(2)
+    with torch.inference_mode():
+        alone = export.Deployed([reader])(x)
+        mixed = export.Deployed([reader, other], drawing=1)(x)
+        both = export.Deployed([reader, other])(x)
+    torch.testing.assert_close(mixed[0], alone[0])
+    assert not torch.allclose(both[0], alone[0])
+    torch.testing.assert_close(mixed[2], both[2])
+    with pytest.raises(Misconfigured, match="3 members cannot draw"):
+        export.Deployed([reader, other], drawing=3)
+
+
 def test_graph_agrees_with_torch(exported: tuple[export.Deployed, bytes]) -> None:
     """The exported graph agrees with torch within 1e-3 in every output, the map included, for any batch."""
     deployed, graph = exported

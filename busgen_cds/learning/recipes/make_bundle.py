@@ -32,6 +32,7 @@ class Choice:
     version: str
     created: datetime.date
     mirrored: bool = True
+    drawing: int = 0  # the first members, which draw the outline; 0: all of them
     floor: float | None = 0.02  # of the attention, once trained: less evidence is spread where no lesion is
     sweeps: int = 40  # simulated studies that the pooling is fitted on
     sweep_frames: int = 48
@@ -48,7 +49,7 @@ def make(
 ) -> bundle.Candidate:
     """Everything from checkpoints to an unsigned Candidate."""
     tell("opening the checkpoints")
-    deployed, notes = export.open_checkpoints(checkpoints, choice.mirrored, choice.floor)
+    deployed, notes = export.open_checkpoints(checkpoints, choice.mirrored, choice.floor, choice.drawing)
     sources = _one_arm(notes)
     rows = data.read_manifest(root)
     settings = train_reader.Settings(sources=sources)
@@ -77,6 +78,7 @@ def make(
     described = {
         "members": [dict(note) for note in notes],
         "mirrored": choice.mirrored,
+        "drawing": choice.drawing or len(checkpoints),
         "floor": choice.floor,
     }
     return export.candidate(
