@@ -24,6 +24,7 @@ from busgen_cds.errors import Misconfigured
 if TYPE_CHECKING:
     from busgen_cds.app import Site
     from busgen_cds.store.audit import Wanted
+    from busgen_cds.store.vault import KeyFile
 
 app = typer.Typer()
 audit_app = typer.Typer(no_args_is_help=True, help="The record of acts.")
@@ -201,12 +202,11 @@ def rotate(
     source = vault.key_source(house.anchored(chosen, chosen.storage.key))
     if isinstance(source, vault.KeyFile):
         if new:
-            source.put_first(vault.new_key())
-            time.sleep(3 * vault.LOOK_SECONDS)  # until every running process has both
+            _bring_in(source, vault.new_key())
     elif len(source.keys()) < 2:
         raise Misconfigured(
-            f"{chosen.storage.key} gives one key: let it give the new one before the older one, start every process "
-            "again, one after the other, and come back."
+            f"{chosen.storage.key} gives one key. Let it give the new one after the older one and start every process "
+            "again, one after the other; then the new one first, and start each again; then come back."
         )
     with house.opened_site(chosen) as site:
         done = rotation.rotate(site.database, site.vault, me())
@@ -215,6 +215,15 @@ def rotate(
         out.print(f"These still need the older key, so keep it: {', '.join(done.left)}.", soft_wrap=True)
     else:
         out.print("Nothing needs the older key any more, except older backups: `busgen-cds keys retire`.")
+
+
+def _bring_in(source: KeyFile, key: bytes) -> None:
+    """Everybody can open what is sealed under the key before anybody seals under it."""
+    from busgen_cds.store.vault import LOOK_SECONDS
+
+    for step in (source.announce, source.put_first):
+        step(key)
+        time.sleep(3 * LOOK_SECONDS)  # until every running process has looked
 
 
 @keys_app.command("retire")

@@ -1,7 +1,9 @@
 """Changing the site key while the site runs.
 
 Rules:
-- First every process has both keys, the new one first: new things are sealed under it, old ones still open.
+- First every process has the new key behind the older one, and can open what is sealed under it; then the new one
+  comes first, and new things are sealed under it. One step alone would let a process meet what it cannot open, and
+  file the images of one study twice.
 - Then `rotate` brings over what was sealed under the older key, some rows at a time, while scanners go on sending;
   it goes round until a whole round finds nothing more, for what was on its way when the key changed.
 - It may be stopped and begun again; when it says that nothing is left, the older key can be taken away.

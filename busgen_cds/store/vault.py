@@ -276,9 +276,13 @@ class KeyFile:
         except (OSError, Misconfigured):  # half a change, or none of ours: what we have stays in use
             return None
 
+    def announce(self, key: bytes) -> None:
+        """A new key behind those that are there: running processes can open what is sealed under it, and seal nothing."""
+        self._replace([*self.keys(), key])
+
     def put_first(self, key: bytes) -> None:
-        """A new key before those that are there; running processes take it up."""
-        self._replace([key, *self.keys()])
+        """Seal under this key from now on; running processes take it up."""
+        self._replace([key, *(each for each in self.keys() if each != key)])
 
     def retire(self) -> int:
         """Take all but the newest away; how many were taken."""

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
+from busgen_cds import custody
 from busgen_cds.arrival import Arrival, Peek
 from busgen_cds.store import audit, database, rotation, vault
 from busgen_cds.store.cases import Cases
@@ -16,9 +19,9 @@ from busgen_cds.study import NotForUs
 US = "1.2.840.10008.5.1.4.1.1.6.1"
 
 
-def kept(inbox: Inbox, uid: str, patient: str = "P-1") -> str:
-    arrival = Arrival("US_ROOM_1", "127.0.0.1", US, f"{uid}.9", "1.2.840.10008.1.2.1")
-    return inbox.keep(arrival, Peek(uid, f"{uid}.1", US, f"{uid}.9", patient), [b"x" * 500]).study_ref
+def kept(inbox: Inbox, uid: str, patient: str = "P-1", part: int = 9) -> str:
+    arrival = Arrival("US_ROOM_1", "127.0.0.1", US, f"{uid}.{part}", "1.2.840.10008.1.2.1")
+    return inbox.keep(arrival, Peek(uid, f"{uid}.1", US, f"{uid}.{part}", patient), [b"x" * 500]).study_ref
 
 
 def answered(results: Results, study_ref: str, accession: str) -> None:
@@ -57,3 +60,30 @@ def test_a_hash_without_its_text_keeps_the_older_key(tmp_path: Path) -> None:
         session.execute(results.update().values(accession=None))
     assert rotation.rotate(opened, Vault(new, older=[old]), "ann").left == ["result.accession_blind: 1"]
     assert Results(opened, Vault(new, older=[old])).search("A-77")
+
+
+def test_images_of_one_study_stay_together_while_the_key_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever process takes up the new key first, the images of one study are filed as one, and all are opened."""
+    file = vault.KeyFile(str(tmp_path / "site.key"))
+    vault.write_key_file(tmp_path / "site.key")
+    opened = database.open(f"sqlite:///{tmp_path / 'site.db'}")
+    monkeypatch.setattr(vault, "LOOK_SECONDS", 0.0)
+    prompt = Vault(*file.keys(), changed=file.keys)
+    looks = [file.keys()]
+    late = Vault(*file.keys(), changed=lambda: looks[-1])
+    inboxes = [Inbox(tmp_path / "inbox", opened, keys) for keys in (prompt, late)]
+    steps: list[int] = []
+
+    def meanwhile(_seconds: float) -> None:
+        """The late process still works with what it saw at the step before."""
+        steps.append(len(steps))
+        refs = {kept(inbox, f"1.2.{steps[-1]}", part=n) for n, inbox in enumerate(inboxes)}
+        assert len(refs) == 1, "a study was filed twice"
+        assert all(inbox.open(each) for inbox in inboxes for ref in refs for each in inbox.instances(ref))
+        looks.append(file.keys())
+
+    monkeypatch.setattr(custody.time, "sleep", meanwhile)
+    custody._bring_in(file, key := vault.new_key())
+    assert len(steps) == 2 and file.keys()[0] == key and len(file.keys()) == 2
