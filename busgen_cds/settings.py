@@ -71,7 +71,7 @@ class Peer(_Section):
     certificate_sha256: str = Field(
         default="",
         pattern=r"^([0-9a-fA-F]{64})?$",
-        description="SHA-256 of its client certificate (DER), in hexadecimal: what binds the title to it over TLS.",
+        description="SHA-256 of its client certificate (DER), in hexadecimal: the title is then believed by TLS alone.",
     )
     report_to: str = Field(
         default="",

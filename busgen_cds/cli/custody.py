@@ -152,14 +152,14 @@ def _wanted(site: Site, who: str, kind: str, study: str, patient: str, since: st
 
     named = study or patient
     refs = Worklist(site.database, site.vault).studies_of(named) if named else None
-    end = day(until) + timedelta(days=1) if until else None
+    end = day(until, timedelta(days=1)) if until else None
     return Wanted(who, kind, refs, day(since) if since else None, end)
 
 
-def day(text: str) -> datetime:
+def day(text: str, later: timedelta = timedelta()) -> datetime:
     try:
-        return datetime.fromisoformat(text).astimezone(UTC)
-    except ValueError as broken:
+        return datetime.fromisoformat(text).astimezone(UTC) + later
+    except (ValueError, OverflowError) as broken:
         raise Misconfigured(f"{text!r} is not a day: write 2026-01-31.") from broken
 
 

@@ -74,6 +74,7 @@ STATUSES: Mapping[Outcome, int] = {
     "failed": 0x0110,
 }
 UNRECOGNISED_OPERATION = 0x0211
+REFUSED = "association refused"
 
 _C_STORE, _C_ECHO, _N_EVENT, _N_ACTION, _C_CANCEL = 0x0001, 0x0030, 0x0100, 0x0130, 0x0FFF
 _RESPONSE = 0x8000
@@ -87,7 +88,7 @@ class Peer:
 
     ae_title: str
     addresses: tuple[str, ...] = ()  # networks such as 10.1.2.0/24; empty: from anywhere
-    certificate_sha256: str = ""  # of the DER form, in hexadecimal; empty: no certificate speaks for this title
+    certificate_sha256: str = ""  # of the DER form, in hexadecimal; empty: it has none, and cannot use TLS
 
 
 @dataclass(frozen=True)
@@ -184,9 +185,17 @@ def refusal(request: Request, caller: Caller, rules: Rules) -> tuple[str, tuple[
     here = [peer for peer in named if not peer.addresses or _within(caller.address, peer.addresses)]
     if not here:
         return "its title may not come from this address", ul.CALLING_AE_NOT_RECOGNISED
-    if caller.secure and all(peer.certificate_sha256.lower() != caller.certificate_sha256 for peer in here):
-        return "its certificate does not speak for its title", ul.CALLING_AE_NOT_RECOGNISED
+    if not any(_speaks_for(peer, caller) for peer in here):
+        why = "its certificate does not speak for its title" if caller.secure else "its title must come by TLS"
+        return why, ul.CALLING_AE_NOT_RECOGNISED
     return None
+
+
+def _speaks_for(peer: Peer, caller: Caller) -> bool:
+    """A title that is bound to a certificate is not believed without it: plain DICOM must be no way around."""
+    if not caller.secure:
+        return not peer.certificate_sha256
+    return peer.certificate_sha256.lower() == caller.certificate_sha256
 
 
 def negotiate(proposed: Sequence[Proposed]) -> list[Accepted]:
@@ -268,8 +277,8 @@ class Association:
             self._desk.association_closed(frozenset(self._studies))
 
     def _refuse(self, why: str, how: tuple[int, int, int]) -> None:
-        self._note("association refused", why)
-        if _LOGGED.take((self._caller.address, self._calling, self._called, why)):
+        self._note(REFUSED, why)
+        if _LOGGED.take((self._caller.address, why)):
             names = (self._calling, self._called, self._caller.address)
             log.warning("Refused %r, who called %r from %s: %s; `busgen-cds queue` says what to do", *names, why)
         self._wire.reject(how)

@@ -32,17 +32,20 @@ import threading
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from busgen_cds.dicom import upper_layer as ul
-from busgen_cds.dicom.association import Association, Caller, Desk, Places, Rules
+from busgen_cds.dicom.association import REFUSED, Association, Caller, Desk, Noted, Places, Rules
 from busgen_cds.dicom.tls import strict
 from busgen_cds.errors import Misconfigured
 
 log = logging.getLogger(__name__)
 
 _BELL_SECONDS = 0.2
+REFUSALS_PER_MINUTE = 30  # of one address, each an act of its own
+REFUSALS_IN_ALL = 300
+TOO_OFTEN = "refused too often to be recorded one by one"
 _RECEIVE_BUFFER = 1 << 20
 _SCHED_SETATTR = {"x86_64": 314, "aarch64": 274}
 _SLICE_NANOSECONDS = 100_000
@@ -269,14 +272,20 @@ class _Bell:
             commitment=desk.commitment,
             report_later=desk.report_later,
             committed=desk.committed,
-            noted=lambda noted: self._queue.put(("noted", noted)),
+            noted=self._note,
         )
+        self._refusals = _Refusals()
         self._thread = threading.Thread(target=self._ring, name="bell", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
         self._queue.put(("stop", None))
         self._thread.join(30)
+
+    def _note(self, noted: Noted) -> None:
+        heeded = self._refusals.heed(noted) if noted.kind == REFUSED else noted
+        if heeded is not None:
+            self._queue.put(("noted", heeded))
 
     def _ring(self) -> None:
         going = True
@@ -302,6 +311,30 @@ class _Bell:
             told[kind](what)
         except Exception:  # it is on the disk: the sweep at start-up finds it
             log.exception("What was received could not be told")
+
+
+class _Refusals:
+    """As many refusals a minute as the record can bear: anybody can be refused, under ever new titles.
+
+    The first beyond says that more came; the others are not recorded.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._until = 0.0
+        self._counts: Counter[str] = Counter()
+
+    def heed(self, noted: Noted) -> Noted | None:
+        with self._lock:
+            if time.monotonic() >= self._until:
+                self._until = time.monotonic() + 60
+                self._counts.clear()
+            self._counts.update((noted.address, ""))
+            here, in_all = self._counts[noted.address], self._counts[""]
+        if here <= REFUSALS_PER_MINUTE and in_all <= REFUSALS_IN_ALL:
+            return noted
+        first_beyond = here == REFUSALS_PER_MINUTE + 1 or in_all == REFUSALS_IN_ALL + 1
+        return replace(noted, what=TOO_OFTEN) if first_beyond else None
 
 
 # -- processes -------------------------------------------------------------------------------------------------------

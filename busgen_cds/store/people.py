@@ -3,7 +3,9 @@
 Rules:
 - A password is kept as an Argon2id hash, a session or token as the SHA-256 of 32 random bytes: neither is read back.
 - An unknown name, a wrong password and a wrong code take the same time and get the same answer.
-- Five failures in a row lock an account for a quarter of an hour; a code of the second factor is accepted once.
+- Five failures in a row lock an account for a quarter of an hour, wherever its password is asked for; a code of the
+  second factor is accepted once.
+- A few passwords are hashed at a time: each takes 64 MiB, and anybody may ask.
 - A role is a set of rights (`RIGHTS`); a token holds some of its owner's rights and never more than the owner has now.
 - Who comes from the site's log-in provider has an account without a password: its reference is made of issuer and
   subject, its roles are those that the provider's word gives at each log-in, and no name passes from a local account.
@@ -15,7 +17,9 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
+import threading
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal, get_args
@@ -63,6 +67,7 @@ SEEN_EVERY = timedelta(minutes=1)
 TOKEN_DAYS = 365
 LEAST_PASSWORD = 12
 MOST_PASSWORD = 256  # longer ones only make the hash work
+HASHED_AT_ONCE = 4
 
 Clock = Callable[[], datetime]
 
@@ -180,6 +185,7 @@ class People:
         self._database, self._vault, self._clock = database, vault, clock
         self._hasher = hasher or PasswordHasher()
         self._nobody = self._hasher.hash(secrets.token_hex())
+        self._hashing = threading.BoundedSemaphore(HASHED_AT_ONCE)
 
     # -- accounts --------------------------------------------------------------------------------------------------
 
@@ -235,10 +241,17 @@ class People:
             self._change(session, name, failures=0, locked_until=None)
             self._act(session, "account unlocked", who, name)
 
-    def knows_password(self, name: str, password: str) -> bool:
-        with self._database.reading() as session:
-            row = session.execute(sa.select(_accounts.c.password).where(_accounts.c.name == name)).first()
-        return self._verify(row.password if row else self._nobody, password[:MOST_PASSWORD])
+    def knows_password(self, name: str, password: str, address: str = "") -> bool:
+        """Asked again of who is logged in, before the account itself changes: a session may be a stolen one."""
+        right = self._is_right(name, password)
+        with self._database.transaction() as session:
+            now = self._clock()
+            row = session.execute(sa.select(_accounts).where(_accounts.c.name == name)).first()
+            refusal = self._refusal(row, right, now)
+            if refusal:
+                self._note_failure(session, row, refusal, now)
+                self._act(session, "password refused", name, refusal, address=address)
+            return not refusal
 
     def set_password(self, name: str, password: str, who: str) -> None:
         """Ends every session of the account."""
@@ -280,13 +293,11 @@ class People:
     def log_in(self, name: str, password: str, code: str = "", address: str = "") -> str | None:
         """A new session's secret, or nothing: why is told to nobody but the record."""
         name = name.strip().lower()[:64]
-        with self._database.reading() as session:
-            row = session.execute(sa.select(_accounts).where(_accounts.c.name == name)).first()
-        right = self._verify(row.password if row else self._nobody, password[:MOST_PASSWORD])
+        right = self._is_right(name, password)
         with self._database.transaction() as session:
             now = self._clock()
             row = session.execute(sa.select(_accounts).where(_accounts.c.name == name)).first()
-            refusal = self._refusal(row, right, code, now)
+            refusal = self._refusal(row, right, now) or self._code_refusal(row, code, now)
             if row is None or refusal:
                 self._note_failure(session, row, refusal, now)
                 self._act(session, "log-in refused", name if row else "unknown", refusal, address=address)
@@ -433,23 +444,29 @@ class People:
             raise Refused(f"A password needs {LEAST_PASSWORD} to {MOST_PASSWORD} characters.")
         if name in password.lower() or len(set(password)) < 5:
             raise Refused("That password is too easy to guess: leave out the account's name and repeat less.")
-        return self._hasher.hash(password)
+        with self._hashing:
+            return self._hasher.hash(password)
 
-    def _verify(self, hashed: str, password: str) -> bool:
+    def _is_right(self, name: str, password: str) -> bool:
+        """An unknown account takes as long as a known one."""
+        with self._database.reading() as session:
+            hashed = session.execute(sa.select(_accounts.c.password).where(_accounts.c.name == name)).scalar()
         try:
-            return self._hasher.verify(hashed or self._nobody, password) and bool(hashed)
+            with self._hashing:
+                return self._hasher.verify(hashed or self._nobody, password[:MOST_PASSWORD]) and bool(hashed)
         except (VerificationError, InvalidHashError):
             return False
 
-    def _refusal(self, row: Any, right: bool, code: str, now: datetime) -> str:
+    def _refusal(self, row: Any, right: bool, now: datetime) -> str:
         if row is None:
             return "unknown account"
         if row.disabled_at:
             return "account disabled"
         if row.locked_until and now < row.locked_until:
             return "account locked"
-        if not right:
-            return "wrong password"
+        return "" if right else "wrong password"
+
+    def _code_refusal(self, row: Any, code: str, now: datetime) -> str:
         if row.totp:
             step = _matching_step(self._vault.open_text(row.totp), code, now)
             if step is None or step <= row.totp_step:
@@ -526,8 +543,9 @@ def _matching_step(key: str, code: str, now: datetime) -> int | None:
     """RFC 6238: the time step a code belongs to, one step of clock drift either way."""
     code = code.replace(" ", "")
     step = int(now.timestamp()) // 30
-    totp = pyotp.TOTP(key)
-    for near in (step, step - 1, step + 1):
-        if secrets.compare_digest(totp.generate_otp(near).encode(), code.encode()):
-            return near
+    with suppress(ValueError):  # what is no key has no codes
+        totp = pyotp.TOTP(key)
+        for near in (step, step - 1, step + 1):
+            if secrets.compare_digest(totp.generate_otp(near).encode(), code.encode()):
+                return near
     return None

@@ -27,6 +27,7 @@ REMEDIES = {
     "its title is not on the list": "if it is yours, add {peer} to `listener.allow`",
     "its title may not come from this address": "if it is yours, add {address} to that title's addresses "
     "in `listener.allow`",
+    "its title must come by TLS": "let it use TLS, or list the title once more without a certificate",
     "its certificate does not speak for its title": "add its certificate's SHA-256 to that title in `listener.allow`",
     "too many associations": "let it open fewer, or raise `listener.associations_per_peer`",
 }

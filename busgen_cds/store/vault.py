@@ -277,7 +277,7 @@ class KeyFile:
             return None
 
     def announce(self, key: bytes) -> None:
-        """A new key behind those that are there: running processes can open what is sealed under it, and seal nothing."""
+        """A new key behind those that are there: running processes can open with it, and seal nothing under it."""
         self._replace([*self.keys(), key])
 
     def put_first(self, key: bytes) -> None:

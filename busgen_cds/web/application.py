@@ -107,17 +107,12 @@ async def _known(request: Request, error: Exception) -> Response:
 
 async def _ours(request: Request, error: Exception) -> Response:
     number = secrets.token_hex(4)
-    log.error("Failure %s at %s %s", number, request.method, _without_refs(request), exc_info=error)
+    log.error("Failure %s at %s %s", number, request.method, auth.route_of(request), exc_info=error)
     response = answer(
         request, 500, f"Something failed here. Nothing was lost; tell your administrator number {number}."
     )
     auth.add_headers(response.headers, request.url.path, auth.front_of(request).site.secure)  # outside of the guard
     return response
-
-
-def _without_refs(request: Request) -> str:
-    route = request.scope.get("route")
-    return str(getattr(route, "path", "a page"))
 
 
 def answer(request: Request, status: int, message: str, headers: Any = None) -> Response:

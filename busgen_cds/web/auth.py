@@ -5,6 +5,7 @@ Rules:
 - Whatever changes something through a cookie must carry the session's form key and come from our own pages.
 - Scripts, styles and pictures come from here alone: nothing inline, nothing from elsewhere, no frames.
 - What shows a study is kept in no cache.
+- Tokens are made and revoked by who is logged in, never by a token.
 - Guessing passwords is slow by account (`store.people`) and by address (here); the API is limited by caller, and who
   gives no valid token by address.
 - A request is at most 1 MiB, said or counted, and its body is here within half a minute.
@@ -88,6 +89,11 @@ def set_session(response: Response, front: Front, secret: str) -> None:
     )
 
 
+def route_of(request: Request) -> str:
+    """What was asked for, without what it was asked of: an address can hold an identifier."""
+    return str(getattr(request.scope.get("route"), "path", "a page"))
+
+
 def address_of(request: Request) -> str:
     return request.client.host if request.client else "unknown"
 
@@ -156,9 +162,20 @@ def caller(right: Right | None = None) -> Any:
     return Depends(find)
 
 
+def owner() -> Any:
+    """Somebody who is logged in: a token that made tokens would outlive its day and its revocation."""
+
+    async def find(person: Annotated[Person, caller()]) -> Person:
+        if not person.form_key:
+            raise HTTPException(403, "Tokens are made and revoked by who is logged in, not by a token.")
+        return person
+
+    return Depends(find)
+
+
 def _allowed(request: Request, person: Person, right: Right | None) -> Person:
     if right is not None and not person.may(right):
-        front_of(request).refused(person, right, request.url.path)
+        front_of(request).refused(person, right, route_of(request))
         raise HTTPException(403, f"Your account may not do this: it needs the right “{right}”.")
     request.state.person = person
     return person

@@ -19,6 +19,7 @@ _HOME: tuple[tuple[Right, str], ...] = (
     ("operations.read", "/operations"),
     ("audit.read", "/audit"),
 )
+_NOT_THAT = "The present password is not that, or the account is locked for now."
 BACK = "/login/back"  # where the log-in provider sends browsers: registered there
 Text = Annotated[str, Form(max_length=256)]
 
@@ -177,8 +178,8 @@ def account(request: Request, person: Person = auth.page()) -> Response:
 @router.post("/account/password")
 def change_password(request: Request, before: Text, password: Text, person: Person = auth.page()) -> Response:
     front = auth.front_of(request)
-    if not front.people.knows_password(person.name, before):
-        return _account(request, person, problem="The present password is not that.", status=403)
+    if not _proves(request, person, before):
+        return _account(request, person, problem=_NOT_THAT, status=403)
     try:
         front.people.set_password(person.name, password, person.name)
     except Refused as refused:
@@ -187,12 +188,18 @@ def change_password(request: Request, before: Text, password: Text, person: Pers
 
 
 @router.post("/account/second-factor")
-def second_factor(request: Request, key: Text, code: Text, person: Person = auth.page()) -> Response:
+def second_factor(request: Request, key: Text, code: Text, before: Text, person: Person = auth.page()) -> Response:
+    if not (person.account.vouched or _proves(request, person, before)):
+        return _account(request, person, problem=_NOT_THAT, status=403, key=key)
     try:
         auth.front_of(request).people.start_second_factor(person.name, key, code)
     except Refused as refused:
         return _account(request, person, problem=str(refused), status=409, key=key)
     return RedirectResponse("/account", 303)
+
+
+def _proves(request: Request, person: Person, password: str) -> bool:
+    return auth.front_of(request).people.knows_password(person.name, password, auth.address_of(request))
 
 
 @router.post("/account/tokens")

@@ -102,6 +102,8 @@ def search(
         for row in rows[:count]
         for each in _of_kind(front, kind, row)
     ]
+    for row in rows[:count]:
+        front.looked(person, row.study_ref, row.revision)
     bundle: dict[str, Any] = {"resourceType": "Bundle", "type": "searchset", "entry": entries}
     if len(rows) > count:
         query = urlencode({"_count": count, "_offset": offset + count, **({"identifier": wanted} if wanted else {})})

@@ -31,6 +31,7 @@ LOG_INS_PER_MINUTE = 30
 CALLS_PER_MINUTE = 1200
 PASSPHRASES_PER_MINUTE = 5
 SAME_LOOK = timedelta(minutes=10)
+_PICTURES = -1  # in the place of a revision
 
 
 @dataclass
@@ -101,19 +102,29 @@ class Front:
             return session.execute(sa.select(sa.func.max(audit.ActRow.number))).scalar() or 0
 
     def looked(self, person: Person, study_ref: str, revision: int) -> None:
-        now = time.monotonic()
-        key = (person.name, study_ref, revision)
+        self._first_look(person, study_ref, _PICTURES)
+        if self._first_look(person, study_ref, revision):
+            self.note(Act("result viewed", person.name, "", study_ref, {"revision": revision}))
+
+    def pictured(self, person: Person, study_ref: str) -> None:
+        """A picture, or a list with answers in it, is a look as well, if the study does not lie open already."""
+        if self._first_look(person, study_ref, _PICTURES):
+            self.note(Act("images viewed", person.name, "", study_ref))
+
+    def refused(self, person: Person, right: str, route: str) -> None:
+        self.note(Act("refused", person.name, f"needs {right}", None, {"path": route}))
+
+    def _first_look(self, person: Person, study_ref: str, what: int) -> bool:
+        """The first within minutes."""
+        now, key = time.monotonic(), (person.name, study_ref, what)
         with self._lock:
             before = self._looks.get(key)
             if before is not None and now - before < SAME_LOOK.total_seconds():
-                return
+                return False
             self._looks[key] = now
             while len(self._looks) > 10_000:
                 self._looks.popitem(last=False)
-        self.note(Act("result viewed", person.name, "", study_ref, {"revision": revision}))
-
-    def refused(self, person: Person, right: str, path: str) -> None:
-        self.note(Act("refused", person.name, f"needs {right}", None, {"path": path[:200]}))
+        return True
 
     def note(self, act: Act) -> None:
         with self.site.database.transaction() as session:

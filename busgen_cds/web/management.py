@@ -215,13 +215,13 @@ def conditions_of(
     if since:
         conditions.append(_acts.c.at >= _day(since))
     if until:
-        conditions.append(_acts.c.at < _day(until) + timedelta(days=1))
+        conditions.append(_acts.c.at < _day(until, timedelta(days=1)))
     return conditions
 
 
-def _day(text: str) -> datetime:
+def _day(text: str, later: timedelta = timedelta()) -> datetime:
     try:
-        return datetime.fromisoformat(text).astimezone(UTC)
+        return datetime.fromisoformat(text).astimezone(UTC) + later
     except (ValueError, OverflowError) as broken:
         raise HTTPException(422, f"{text[:40]!r} is not a date: write 2026-01-31.") from broken
 

@@ -2,7 +2,8 @@
 
 Rules:
 - The page shows one revision; a word about another one is refused and says so.
-- Opening a study is an act. A picture is given only to who may read studies, and kept in no cache.
+- Opening a study is an act, and so is a picture of one that does not lie open.
+- A picture is given only to who may read studies, and kept in no cache.
 - An evidence map comes with its caption: evidence for the score, not the extent of a lesion (clinical safety 5).
 """
 
@@ -95,7 +96,7 @@ def frame(
     frame_number: int,
     person: Person = auth.page("studies.read"),
 ) -> Response:
-    return picture(auth.front_of(request).site, study_ref, sop_instance_uid, frame_number)
+    return picture(auth.front_of(request), person, study_ref, sop_instance_uid, frame_number)
 
 
 @router.get("/studies/{study_ref}/evidence/{revision}/{finding}")
@@ -108,6 +109,7 @@ def evidence(
     heat = _heat(shown.answer if shown else None, finding)
     if heat is None:
         raise HTTPException(404, "There is no evidence map for this.")
+    front.pictured(person, study_ref)
     return Response(front.site.evidence(heat), media_type="image/png")
 
 
@@ -179,11 +181,13 @@ def _check_contour(opened: Open, finding: int, contour: Contour) -> None:
         raise Unfit("A point of the contour lies outside the frame.")
 
 
-def picture(site: Site, study_ref: str, sop_instance_uid: str, frame_number: int) -> Response:
+def picture(front: Front, person: Person, study_ref: str, sop_instance_uid: str, frame_number: int) -> Response:
     try:
-        return Response(site.picture(study_ref, sop_instance_uid, frame_number), media_type="image/png")
+        shown = front.site.picture(study_ref, sop_instance_uid, frame_number)
     except KeyError:
         raise HTTPException(404, "This study has no such frame.") from None
+    front.pictured(person, study_ref)
+    return Response(shown, media_type="image/png")
 
 
 def _heat(answer: Any, finding: int) -> HeatMap | None:

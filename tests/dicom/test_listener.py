@@ -19,7 +19,7 @@ from pydicom.uid import AllTransferSyntaxes
 
 from busgen_cds.dicom import upper_layer as ul
 from busgen_cds.dicom.association import STORED, Peer, Rules
-from busgen_cds.dicom.listener import Listener, ListenerConfig
+from busgen_cds.dicom.listener import REFUSALS_PER_MINUTE, TOO_OFTEN, Listener, ListenerConfig
 from busgen_cds.store import audit
 from busgen_cds.store.inbox import Inbox
 from busgen_cds.study import TWO_PATIENTS
@@ -378,6 +378,18 @@ def test_who_may_connect(tmp_path: Path, title: str, reason: int | None) -> None
             scanner.associate()
         assert refused.value.details == (1, 1, reason)
     assert {"kind": "association refused", "who": title}.items() <= bell(tmp_path)[-1].items()
+
+
+def test_refusals_beyond_measure(tmp_path: Path) -> None:
+    """A stranger who is refused without end, under ever new titles, fills neither memory nor the record."""
+    with reception(tmp_path, config(peers=())) as (listener, _):
+        for number in range(REFUSALS_PER_MINUTE + 50):
+            with Scanner(listener.port, f"T{number}") as scanner, pytest.raises(Hung, match="rejected"):
+                scanner.associate()
+        _until(lambda: any(line.get("what") == TOO_OFTEN for line in bell(tmp_path)))
+    noted = [line for line in bell(tmp_path) if line["kind"] == "association refused"]
+    assert len(noted) == REFUSALS_PER_MINUTE + 1
+    assert [line["who"] for line in noted][:2] == ["T0", "T1"], "the first are told one by one"
 
 
 def test_nobody_on_the_list(tmp_path: Path) -> None:

@@ -111,6 +111,17 @@ def test_a_certificate_speaks_for_a_title(tmp_path: Path, ours: Authority) -> No
         assert not gets_in(listener, client(ours, None))
 
 
+def test_plain_dicom_is_no_way_around_a_certificate(tmp_path: Path, ours: Authority) -> None:
+    """A title that is bound to a certificate is refused without TLS, also from where plain DICOM may be spoken."""
+    peers = (Peer("BOUND", certificate_sha256=ours.issues("scanner")[2]), Peer("OLD"))
+    said = ListenerConfig(Rules(peers=peers), "127.0.0.1", 0, processes=0)
+    with listening(tmp_path, said) as listener:
+        with Scanner(listener.port, "OLD") as scanner:
+            assert scanner.associate().echo() == 0
+        with pytest.raises(Hung), Scanner(listener.port, "BOUND") as scanner:
+            scanner.associate()
+
+
 def test_old_tls(tmp_path: Path, ours: Authority) -> None:
     """TLS below 1.2 and weak ciphers are not spoken; 1.2 and 1.3 are."""
     scanner = ours.issues("scanner")

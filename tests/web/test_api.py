@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 from busgen_cds import web
+from busgen_cds.store import audit
 from busgen_cds.store.people import RIGHTS, Right
 from tests import images
 from tests.images import breast_study
@@ -105,17 +106,26 @@ def test_every_call_needs_its_right(address: str, practice: Practice) -> None:
     assert ("refused", "audi") in practice.acts("refused")
 
 
-def test_a_token_has_its_scopes_only(address: str, practice: Practice) -> None:
-    """A token does not do what its owner may, but only what it was made for; nor can it make a stronger one."""
+def test_a_token_has_its_scopes_only(address: str, practice: Practice, staff: dict[str, Browser]) -> None:
+    """A token does not do what its owner may, but only what it was made for, and makes and revokes no token: not a
+    stronger one, nor one like it that would outlive its day."""
     owner = next(each for each in practice.people.accounts() if each.name == "otto")
     secret, made = practice.people.make_token(owner, "narrow", ["operations.read"], 1)
     client = httpx.Client(base_url=address, headers={"Authorization": f"Bearer {secret}"}, timeout=60)
     assert client.get("/api/v1/nodes").status_code == 200
     assert client.get("/api/v1/studies").status_code == 403
     assert client.get("/metrics").status_code == 200
-    stronger = {"label": "x", "scopes": ["studies.read"], "days": 1}
-    assert client.post("/api/v1/tokens", json=stronger).status_code == 403
-    assert client.delete(f"/api/v1/tokens/{made.ref}").status_code == 204
+    for scopes in (["studies.read"], ["operations.read"]):
+        another = {"label": "x", "scopes": scopes, "days": 365}
+        assert client.post("/api/v1/tokens", json=another).status_code == 403
+    assert client.delete(f"/api/v1/tokens/{made.ref}").status_code == 403
+    assert "x" not in [each.label for each in practice.people.tokens(owner)]
+    assert not next(each for each in practice.people.tokens(owner) if each.label == "narrow").revoked
+    otto = staff["otto"]
+    by_form = {"X-Form-Key": otto.form_key}
+    fresh = {"label": "by hand", "scopes": ["operations.read"], "days": 1}
+    assert otto.post("/api/v1/tokens", json=fresh, headers=by_form).status_code == 201
+    assert otto.delete(f"/api/v1/tokens/{made.ref}", headers=by_form).status_code == 204
     assert client.get("/api/v1/nodes").status_code == 401
 
 
@@ -213,7 +223,36 @@ def test_the_record_by_api(address: str, practice: Practice) -> None:
     assert older == newest[1:]
     lines = [json.loads(line) for line in client.get("/api/v1/acts/export").text.splitlines()]
     assert [line["number"] for line in lines] == list(range(1, len(lines) + 1))
-    assert client.get("/api/v1/acts", params={"since": "yesterday"}).status_code == 422
+    for wrong in ({"since": "yesterday"}, {"until": "9999-12-31"}, {"since": "0001-01-01T00:00+23:59"}):
+        assert client.get("/api/v1/acts", params=wrong).status_code == 422, wrong
+
+
+def test_whatever_shows_a_study_is_an_act(address: str, practice: Practice) -> None:
+    """A report found by FHIR, and a picture alone, are looks at a study: both stand in the record, once each."""
+    ref = a_study(practice, 43, Says("4B"))
+    client = httpx.Client(base_url=address, headers=token(practice, "rita"), timeout=60)
+
+    def looks() -> list[str]:
+        acts = audit.entries(practice.database, audit.Wanted(who="rita"))
+        return [each.act.kind for each in acts if each.act.study_ref == ref]
+
+    where = practice.screen.slides(ref)[0].source.sop_instance_uid
+    for _ in range(2):
+        assert client.get(f"/api/v1/studies/{ref}/frames/{where}/1").status_code == 200
+    assert looks() == ["images viewed"]
+    for _ in range(2):
+        found = client.get("/fhir/r4/DiagnosticReport", params={"patient.identifier": "PAT-43"}).json()
+        assert found["entry"]
+    assert looks() == ["images viewed", "result viewed"]
+
+
+def test_a_refusal_keeps_no_identifier(address: str, practice: Practice) -> None:
+    """Somebody who may not see a study leaves no identifier in the record by asking for it: acts are not sealed."""
+    told = "1.2.840.99999.7"
+    asked = httpx.get(f"{address}/api/v1/studies/{NOBODY}/frames/{told}/1", headers=token(practice, "audi"), timeout=60)
+    assert asked.status_code == 403
+    details = [str(each.act.detail) for each in audit.entries(practice.database, audit.Wanted(kind="refused"))]
+    assert any("{sop_instance_uid}" in each for each in details) and not any(told in each for each in details)
 
 
 def test_people_by_api(address: str, practice: Practice) -> None:

@@ -160,14 +160,21 @@ def test_every_form_needs_its_key(whole: tuple[Practice, str]) -> None:
     key = client.get("/account").text.split('name="form_key" value="')[1].split('"')[0]
     given = {"study_ref": ref, "name": "nobody", "ref": "0" * 32}
     before = len(practice.acts())
-    tried = sorted(path.format_map(_Given(given)) for path in _paths(app, "POST") - {"/login", "/first"})
-    assert len(tried) >= 15
-    for path in tried:
-        assert client.post(path, data={}).status_code in (403, 422), path
-        crossing = {"X-Form-Key": key, "Origin": "https://evil.example"}
-        assert client.post(path, headers=crossing, data={}).status_code in (403, 422), path
-        crossing = {"X-Form-Key": key, "Sec-Fetch-Site": "same-site"}
-        assert client.post(path, headers=crossing, data={}).status_code in (403, 422), path
+    tried = sorted(
+        (method, path.format_map(_Given(given)))
+        for method in sorted(auth.UNSAFE)
+        for path in _paths(app, method) - {"/login", "/first"}
+    )
+    assert len(tried) >= 25 and {method for method, _ in tried} == {"POST", "PATCH", "DELETE"}
+    for method, path in tried:
+        for headers in (
+            {},
+            {"X-Form-Key": "0" * 43},
+            {"X-Form-Key": key, "Origin": "https://evil.example"},
+            {"X-Form-Key": key, "Origin": "null"},
+            {"X-Form-Key": key, "Sec-Fetch-Site": "same-site"},
+        ):
+            assert client.request(method, path, headers=headers).status_code == 403, (method, path, headers)
     assert len(practice.acts()) == before, "nothing was done"
 
 

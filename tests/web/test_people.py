@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pyotp
 import pytest
@@ -12,7 +15,7 @@ import sqlalchemy as sa
 from argon2 import PasswordHasher
 
 from busgen_cds.store import audit, database
-from busgen_cds.store.people import FAILURES, IDLE, LOCKED_FOR, RIGHTS, ROLES, SESSION, People, Refused
+from busgen_cds.store.people import FAILURES, HASHED_AT_ONCE, IDLE, LOCKED_FOR, RIGHTS, ROLES, SESSION, People, Refused
 from busgen_cds.store.vault import Vault
 
 GOOD = "Correct horse 7 battery"
@@ -77,6 +80,40 @@ def test_lock_out(site: Site) -> None:
     assert "account locked" in site.acts()
 
 
+def test_lock_out_of_a_stolen_session(site: Site) -> None:
+    """Who has a session and not the password cannot guess it on the account's page: it counts as at the log-in."""
+    assert site.people.knows_password("ada", GOOD)
+    for _ in range(FAILURES):
+        assert not site.people.knows_password("ada", "wrong")
+    assert not site.people.knows_password("ada", GOOD), "locked"
+    assert site.people.log_in("ada", GOOD) is None
+    assert site.acts().count("password refused") == FAILURES + 1 and "account locked" in site.acts()
+
+
+def test_a_few_passwords_are_hashed_at_a_time(site: Site) -> None:
+    """However many strangers try at once, no more memory is taken than a few hashes need."""
+    at_once, most, lock = 0, 0, threading.Lock()
+
+    class Slow(PasswordHasher):
+        def verify(self, *_: Any) -> Any:
+            nonlocal at_once, most
+            with lock:
+                at_once += 1
+                most = max(most, at_once)
+            time.sleep(0.05)
+            with lock:
+                at_once -= 1
+            return False
+
+    people = People(site.database, Vault(bytes(32)), lambda: site.now, Slow(time_cost=1, memory_cost=8, parallelism=1))
+    trying = [threading.Thread(target=people.log_in, args=(f"n{n}", "x")) for n in range(20)]
+    for each in trying:
+        each.start()
+    for each in trying:
+        each.join()
+    assert most == HASHED_AT_ONCE
+
+
 def test_administrator_unlocks(site: Site) -> None:
     """An administrator takes a lock off; doing so twice is one act."""
     for _ in range(FAILURES):
@@ -93,6 +130,8 @@ def test_second_factor(site: Site) -> None:
     totp = pyotp.TOTP(key)
     with pytest.raises(Refused):
         site.people.start_second_factor("ada", key, "000000")
+    with pytest.raises(Refused):
+        site.people.start_second_factor("ada", "no key at all!", "000000")
     site.people.start_second_factor("ada", key, totp.at(site.now))
     site.now += timedelta(seconds=60)
     assert site.people.log_in("ada", GOOD) is None
