@@ -11,6 +11,7 @@ Rules:
 from __future__ import annotations
 
 import json
+import math
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -83,6 +84,8 @@ class Word:
             raise Unfit(f"The category is one of {', '.join(READER_CATEGORIES)}.")
         if self.contour and not 3 <= len(self.contour) <= MOST_POINTS:
             raise Unfit(f"A contour has 3 to {MOST_POINTS} points.")
+        if not all(math.isfinite(part) for point in self.contour for part in point):
+            raise Unfit("A point of the contour is no place in an image.")
         if len(self.note) > MOST_NOTE:
             raise Unfit(f"A note has {MOST_NOTE} characters at most.")
 

@@ -149,7 +149,7 @@ def record(
     patient: Annotated[str, Query(max_length=128)] = "",
     since: str = "",
     until: str = "",
-    before: Annotated[int, Query(ge=0)] = 0,
+    before: Annotated[int, Query(ge=0, le=1 << 62)] = 0,
     person: Person = auth.page("audit.read"),
 ) -> Response:
     front = auth.front_of(request)

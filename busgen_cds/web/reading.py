@@ -169,7 +169,7 @@ def contour_of(text: str) -> Contour:
         return ()
     try:
         return tuple((round(float(x), 2), round(float(y), 2)) for x, y in json.loads(text))
-    except (ValueError, TypeError) as broken:
+    except (ValueError, TypeError, OverflowError, RecursionError) as broken:
         raise Unfit("A contour is a list of points [x, y].") from broken
 
 

@@ -178,6 +178,37 @@ def test_every_form_needs_its_key(whole: tuple[Practice, str]) -> None:
     assert len(practice.acts()) == before, "nothing was done"
 
 
+def test_nothing_that_is_sent_makes_a_page_fail(whole: tuple[Practice, str]) -> None:
+    """Whatever a browser sends to a page is answered by it or refused: numbers without end, places that are none,
+    nesting without end, days that are in no calendar, keys that are none."""
+    practice, _ = whole
+    nothing = practice.receives(breast_study(1, seed=82, patient_id="PAT-82"))
+    practice.answers(nothing, Says(None))
+    client = logged_in(web.create(practice.site(secure=True)), raise_server_exceptions=False)
+    key = client.get("/account").text.split('name="form_key" value="')[1].split('"')[0]
+    endless = "9" * 30
+    for place in (
+        f"/audit?before={endless}", "/audit?until=9999-12-31", "/audit/export?since=0001-01-01T00:00%2B23:59",
+        "/audit?who=%00&patient=%00", f"/studies/{nothing}?revision={endless}",
+        f"/studies/{nothing}/evidence/{endless}/1", f"/studies/{nothing}/frames/%00/{endless}",
+        f"/worklist?offset={endless}", "/studies/%ED%A0%80", "/login?next=%ED%A0%80",
+    ):  # fmt: skip
+        assert client.get(place).status_code < 500, place
+    contours = (
+        "[" * 40_000,
+        "[[NaN,1],[2,3],[3,4]]",
+        "[[1,1],[2,-Infinity],[3,4]]",
+        f"[[{'9' * 400},1],[2,3],[3,4]]",
+    )
+    for contour in contours:
+        word = {"revision": "1", "finding": "0", "word": "edit", "birads": "3", "contour": contour, "form_key": key}
+        assert client.post(f"/studies/{nothing}/words", data=word).status_code == 422, contour[:30]
+    assert practice.cases.words(nothing) == ()
+    factor = {"key": "!!", "code": "\u0663", "before": PASSWORD, "form_key": key}
+    assert client.post("/account/second-factor", data=factor).status_code == 409
+    assert client.post("/account/second-factor", data={**factor, "before": "x"}).status_code == 403
+
+
 def test_calls_are_limited(whole: tuple[Practice, str]) -> None:
     """A caller of the API is slowed down, a stranger by address; who waits is served again."""
     practice, _ = whole
