@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from busgen_cds import custody
 from busgen_cds.arrival import Arrival, Peek
+from busgen_cds.cli import custody
 from busgen_cds.store import audit, database, rotation, vault
 from busgen_cds.store.cases import Cases
 from busgen_cds.store.inbox import Inbox
