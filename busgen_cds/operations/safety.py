@@ -309,6 +309,10 @@ def _repository(site: Site) -> Iterator[Rated]:
         yield Rated(name, "warn", "acts are kept here alone", "set [record.syslog] where the hospital has a repository")
         return
     progress = forwarding.progress(site.database, f"{said.host}:{said.port}")
+    if progress.behind < 0:
+        found = f"{said.host} was given {-progress.behind} acts more than the record has: its tail was cut"
+        yield Rated(name, "fail", found, "keep everything as it is, and compare it with what the repository has")
+        return
     rating: Rating = "fail" if progress.behind > LATE else "ok"
     do = "see in the worker's log why, and whether a worker runs" if progress.behind > LATE else ""
     yield Rated(name, rating, f"{said.host} has all but {progress.behind} acts", do)

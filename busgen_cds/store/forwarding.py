@@ -36,7 +36,7 @@ _forwarded = table_of(ForwardedTable)
 class Progress:
     destination: str
     number: int
-    behind: int  # acts that it has not taken yet
+    behind: int  # acts that it has not taken yet; below zero: it has taken more than the record holds now
     at: datetime | None
 
 

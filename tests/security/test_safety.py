@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import sqlite3
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 
 from busgen_cds import app, settings
 from busgen_cds.operations import safety
 from busgen_cds.operations.safety import Rated
-from busgen_cds.store import site_keys, vault
+from busgen_cds.store import audit, forwarding, site_keys, vault
 from busgen_cds.store.people import People
 from tests.security.certificates import Authority
 
@@ -119,3 +121,18 @@ def test_the_record(file: Path) -> None:
     with sqlite3.connect(file.parent / "data" / "busgen-cds.sqlite") as connection:
         connection.execute("DELETE FROM act")
     assert "checkpoint names entry" in rated(file, "record of acts", "fail")[0].found
+
+
+def test_a_repository_that_knows_more_than_the_record(file: Path) -> None:
+    """A record that is shorter than what the audit repository was given was cut, and is said to be."""
+    changed(file, ("[record]", '[record.syslog]\nhost = "logs.example"\nauthority = "ca.pem"\n[record]'))
+    site = app.open_site(settings.read(file))
+    with site.database.transaction() as session:
+        audit.record(session, *(audit.Act("log-in", f"p{n}") for n in range(9)))
+    forwarding.forward(site.database, "logs.example:6514", lambda _batch: None, lambda: datetime.now(UTC))
+    assert not rated(file, "audit repository", "fail")
+    with site.database.transaction() as session:
+        session.execute(sa.text("DELETE FROM act WHERE number > 4"))
+    site.close()
+    (said,) = rated(file, "audit repository", "fail")
+    assert "its tail was cut" in said.found
