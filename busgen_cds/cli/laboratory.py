@@ -346,6 +346,29 @@ def pretrain(
     console.print(f"Trained: {made}")
 
 
+@app.command()
+def finish(
+    generator: Annotated[Path, typer.Option(help="A finished generator.")],
+    out: Annotated[Path, typer.Option(help="Folder of the run; an unfinished run there goes on.")],
+    init: Annotated[Path, typer.Option(help="ImageNet encoder (npz), the critic's eye.")],
+    data: Data = None,
+    seed: int = 0,
+    steps: int = 2500,
+    threads: int = 0,
+    cache: Cache = Path("runs/cache"),
+) -> None:
+    """Teach a generator's decoder to draw speckle; its encoder and its flow stay as they are."""
+    import torch
+
+    from busgen_cds.learning.recipes import finish as recipe
+
+    if threads:
+        torch.set_num_threads(threads)
+    settings = recipe.Settings(seed=seed, steps=steps)
+    made = recipe.train(generator, _root(data), out, settings, init, cache, _steps("finish", steps))
+    console.print(f"Finished: {made}")
+
+
 def _steps(what: str, total: int) -> Callable[[Any], None]:
     """A line per report: where it stands, its figures, and when it will be done."""
 
@@ -472,7 +495,9 @@ def privacy(
     reader: ReaderRun = None,
     out: Annotated[Path, typer.Option(help="Where privacy.json and privacy.md go.")] = Path("docs/results"),
     filter_only: Annotated[bool, typer.Option(help="Build the release filter beside the generator, and stop.")] = False,
+    members: Annotated[int, typer.Option(help="Most training images, and held-out ones, that are looked at.")] = 600,
     control_steps: Annotated[int, typer.Option(help="Steps of the over-trained control; 0: none is made.")] = 400,
+    control_members: Annotated[int, typer.Option(help="Images that the control learns by heart.")] = 48,
     seed: int = 0,
     cache: Cache = Path("runs/cache"),
 ) -> None:
@@ -491,13 +516,11 @@ def privacy(
         return
     if images is None or (adapter is None) != (task is None):
         raise typer.BadParameter("name --images to audit; an --adapter is audited with its --task, and a task with it")
-    members = (
-        None if task is None else fewshot_.choose(data_.read_manifest(root), fewshot_.read_task(task), shots, seed)
-    )
-    settings = audit.Settings(control_steps=control_steps, seed=seed)
+    learnt = None if task is None else fewshot_.choose(data_.read_manifest(root), fewshot_.read_task(task), shots, seed)
+    settings = audit.Settings(members, control_members=control_members, control_steps=control_steps, seed=seed)
     name = "the backbone" if task is None else f"the adapter {task.stem}"
     embeddings = embed.at_hand(makes.coder, init, reader)
-    report = audit.audit(makes, name, root, images, embeddings, settings, cache, members, console.print)
+    report = audit.audit(makes, name, root, images, embeddings, settings, cache, learnt, console.print)
     out.mkdir(parents=True, exist_ok=True)
     stem = "privacy" if task is None else f"privacy-{task.stem}"
     (out / f"{stem}.json").write_text(report.to_json() + "\n", encoding="utf-8")
@@ -589,6 +612,9 @@ def value(
     generator: Weights = None,
     data: Data = None,
     init: ImageNet = None,
+    sources: Annotated[
+        str, typer.Option(help="What every part of an arm learns from; all else is external.")
+    ] = "busbra",
     steps: int = 1200,
     seeds: int = 3,
     scaling: Annotated[bool, typer.Option(help="The arms of growing size instead of the comparison.")] = False,
@@ -600,8 +626,8 @@ def value(
     from busgen_cds.learning import data as data_
     from busgen_cds.learning.recipes import value as recipe
 
-    root, settings = _root(data), recipe.Settings(steps=steps, seeds=seeds)
-    real = sum(r.source == settings.source and r.split == "train" for r in data_.read_manifest(root))
+    root, settings = _root(data), recipe.Settings(tuple(sources.split(",")), steps, seeds=seeds)
+    real = sum(r.source in settings.sources and r.split == "train" for r in data_.read_manifest(root))
     runs = recipe.queue(recipe.scaling() if scaling else recipe.arms(real), seeds)
     card = _generator(generator).card if images is not None else None
     if card is None:

@@ -6,6 +6,8 @@ Rules:
 - The network works after a space-to-depth stem; only the last two thin convolutions see every pixel, after the
   shuffle, and they are what smooths its grid and draws the speckle.
 - Images are (N, 1, S, S) in -1..1; latents (N, L, S/8, S/8) are returned with mean 0 and spread 1 per channel.
+- What no latent can hold, the last touch draws: it sees the decoded picture and fresh noise at half the resolution,
+  mends the grid of the blocks and makes speckle instead of smoothing it. The same noise is always the same picture.
 - Nothing mixes the images of a batch.
 
 Network: AutoencoderKL (Rombach et al. 2022, arXiv 2112.10752) of MONAI. Loss: absolute difference, and the difference
@@ -39,10 +41,51 @@ class Shape:
     blocks: int = 1  # residual blocks per level
     latent: int = 8
     fine: int = 12  # channels at full resolution, behind the shuffle
+    finish: int = 0  # channels of the last touch; 0: there is none
 
     def __post_init__(self) -> None:
         if self.stem * 2 ** (len(self.channels) - 1) != FACTOR:
             raise ValueError(f"stem {self.stem} and {len(self.channels)} levels do not shrink by {FACTOR}")
+
+
+HALF = 2  # pixels per cell of the last touch, each way
+GRAINS = HALF**2  # planes of noise at its resolution
+
+
+class Grainy(nn.Module):
+    """A residual block into which noise is mixed, as much as each channel has learnt to want (Karras et al. 2019)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(channels, channels, 3, padding=1)
+        self.second = nn.Conv2d(channels, channels, 3, padding=1)
+        self.grain = nn.Conv2d(GRAINS, channels, 1, bias=False)
+
+    def forward(self, x: Tensor, grain: Tensor) -> Tensor:
+        mended: Tensor = self.second(F.silu(self.first(F.silu(x + self.grain(grain)))))
+        return x + mended
+
+
+class Finish(nn.Module):
+    """What the decoder drew, its last features and noise → what is still missing; nothing at first."""
+
+    def __init__(self, inputs: int, channels: int, blocks: int = 3) -> None:
+        super().__init__()
+        self.inward = nn.Conv2d(inputs + HALF**2, channels, 3, padding=1)
+        self.blocks = nn.ModuleList(Grainy(channels) for _ in range(blocks))
+        self.spread = nn.Conv2d(channels, 4 * HALF**2, 1)
+        self.outward = nn.Conv2d(4, 1, 3, padding=1)
+        nn.init.zeros_(self.outward.weight)
+        nn.init.zeros_(self.outward.bias)  # type: ignore[arg-type]
+
+    def forward(self, picture: Tensor, features: Tensor, grain: Tensor) -> Tensor:
+        """(N, 1, S, S), (N, C, S/2, S/2) and noise (N, 1, S, S) → (N, 1, S, S)."""
+        x = self.inward(torch.cat([F.pixel_unshuffle(picture, HALF).to(features.dtype), features], 1))
+        noise = F.pixel_unshuffle(grain, HALF)
+        for block in self.blocks:
+            x = block(x, noise)
+        missing: Tensor = self.outward(F.pixel_shuffle(self.spread(F.silu(x)), HALF))
+        return missing.float()
 
 
 class Autoencoder(nn.Module):
@@ -63,6 +106,7 @@ class Autoencoder(nn.Module):
         self.fine = nn.Sequential(
             nn.Conv2d(shape.fine, shape.fine, 3, padding=1), nn.SiLU(), nn.Conv2d(shape.fine, 1, 3, padding=1)
         )
+        self.finish = Finish(shape.fine * HALF**2, shape.finish) if shape.finish else None
         self.code = nn.Conv2d(1, shape.latent, FACTOR, FACTOR)
         self.picture = nn.ConvTranspose2d(shape.latent, 1, FACTOR, FACTOR)
         for part in (self.core.quant_conv_mu, self.core.quant_conv_log_sigma, self.fine[-1]):
@@ -83,19 +127,35 @@ class Autoencoder(nn.Module):
         mu, _ = self._latent(image)
         return (mu - self.mean[:, None, None]) / self.spread[:, None, None]
 
-    def decode(self, latent: Tensor) -> Tensor:
+    def decode(self, latent: Tensor, grain: Tensor | None = None) -> Tensor:
+        """The picture of a latent; `grain` is the noise (N, 1, S, S) of which the speckle is made, none without it."""
+        return self.draw(latent, grain).clamp(-1, 1)
+
+    def draw(self, latent: Tensor, grain: Tensor | None = None) -> Tensor:
+        """The same before it is cut to black and white, as the training needs it."""
         z = latent * self.spread[:, None, None] + self.mean[:, None, None]
-        return self._pixels(z).clamp(-1, 1)
+        return self._pixels(z, grain)
+
+    def drawing_parts(self) -> list[nn.Module]:
+        """All that only `decode` uses: what may be trained without making latents invalid."""
+        parts = [self.core.post_quant_conv, self.core.decoder, self.fine, self.picture]
+        return parts if self.finish is None else [*parts, self.finish]
 
     def _latent(self, image: Tensor) -> tuple[Tensor, Tensor]:
         mu, sigma = self.core.encode(F.pixel_unshuffle(image, self.shape.stem))
         linear: Tensor = self.code(image)
         return linear.float() + mu.float(), sigma.float()
 
-    def _pixels(self, z: Tensor) -> Tensor:
-        learnt: Tensor = self.fine(F.pixel_shuffle(self.core.decode(z), self.shape.stem))
+    def _pixels(self, z: Tensor, grain: Tensor | None = None) -> Tensor:
+        features = self.core.decode(z)
+        learnt: Tensor = self.fine(F.pixel_shuffle(features, self.shape.stem))
         linear: Tensor = self.picture(z)
-        return linear.float() + learnt.float()
+        picture = linear.float() + learnt.float()
+        if self.finish is None:
+            return picture
+        noise = torch.zeros_like(picture) if grain is None else grain
+        missing: Tensor = self.finish(picture, F.pixel_shuffle(features, self.shape.stem // HALF), noise)
+        return picture + missing
 
     @torch.no_grad()
     def begin_linear(self, images: Tensor) -> None:
@@ -118,6 +178,13 @@ class Autoencoder(nn.Module):
         whole = latents.transpose(0, 1).flatten(1).double()
         self.mean.copy_(self.mean + self.spread * whole.mean(1).float())
         self.spread.copy_(self.spread * whole.std(1).float())
+
+
+def within(image: Tensor, drawn: Tensor) -> Tensor:
+    """Drawn pixels where the image (N, 1, S, S) has a region, black around it: the letter-box holds no picture."""
+    some = image > -1
+    region = some.any(-1, keepdim=True) & some.any(-2, keepdim=True)
+    return torch.where(region, drawn.clamp(-1, 1), -1.0)
 
 
 class Likeness(nn.Module):

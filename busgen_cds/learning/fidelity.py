@@ -14,6 +14,7 @@ Fréchet: Heusel et al. 2017 (arXiv 1706.08500). Kernel: Bińkowski et al. 2018 
 
 from __future__ import annotations
 
+import functools
 import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -62,6 +63,35 @@ def kernel(a: Vectors, b: Vectors) -> float:
     aa, bb, n, m = k(a64, a64), k(b64, b64), len(a), len(b)
     same = (aa.sum() - np.trace(aa)) / (n * (n - 1)) + (bb.sum() - np.trace(bb)) / (m * (m - 1))
     return float(same - 2 * k(a64, b64).mean())
+
+
+RINGS, SECTORS = 16, 3
+
+
+def spectral(real: torch.Tensor, made: torch.Tensor) -> float:
+    """Mean absolute difference of the mean spectra of two sets of images (N, 1, S, S)."""
+    return float((spectra(real).mean(0) - spectra(made).mean(0)).abs().mean())
+
+
+def spectra(images: torch.Tensor) -> torch.Tensor:
+    """(N, 1, S, S) → (N, bins): the logarithm of each image's power by frequency, and by its direction."""
+    side = images.shape[-1]
+    window = torch.hann_window(side, device=images.device)
+    centred = images[:, 0].float() - images.float().mean((1, 2, 3))[:, None, None]
+    power = torch.view_as_real(torch.fft.rfft2(centred * window[:, None] * window)).square().sum(-1).flatten(1)
+    place, count = _bins(side)
+    total = power.new_zeros(len(power), len(count)).index_add(1, place.to(images.device), power)
+    return (total / count.to(images.device) + 1e-8).log()
+
+
+@functools.cache
+def _bins(side: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which ring and direction each frequency belongs to, and how many belong to each."""
+    down, across = torch.fft.fftfreq(side)[:, None].abs(), torch.fft.rfftfreq(side)[None]
+    ring = (torch.hypot(down, across) * 2 * RINGS).long().clamp(max=RINGS - 1)
+    sector = (torch.atan2(down, across.expand_as(ring)) * SECTORS / (torch.pi / 2 + 1e-6)).long()
+    place = (ring * SECTORS + sector).flatten()
+    return place, torch.bincount(place, minlength=RINGS * SECTORS).clamp(min=1)
 
 
 DISTANCES: dict[str, Callable[[Vectors, Vectors], float]] = {"frechet": frechet, "kernel": kernel}

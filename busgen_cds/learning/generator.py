@@ -249,13 +249,15 @@ class Generator:
             x = self._from_nothing(wishes, noise, sampling, tell)
         else:
             x = self._from_healthy(wishes, noise, sampling, tell)
-        image, mask = self.decode(x)
+        grain = torch.stack([self._grain(seed, wish.index) for wish in wishes]).to(self.device)
+        image, mask = self.decode(x, grain)
         return [self._sample(wish, image[i], mask[i], seed) for i, wish in enumerate(wishes)]
 
-    def decode(self, x: Tensor) -> tuple[Grey, NDArray[np.bool_]]:
-        """(N, latent + OUTLINE, h, w) → grey images (N, S, S) and their outlines."""
+    def decode(self, x: Tensor, grain: Tensor) -> tuple[Grey, NDArray[np.bool_]]:
+        """(N, latent + OUTLINE, h, w) and noise (N, 1, S, S) → grey images (N, S, S) and their outlines."""
         latent = self.card.network.latent
-        image = torch.cat([self.coder.decode(part[:, :latent]) for part in torch.split(x.float(), 32)])
+        parts = zip(torch.split(x.float(), 32), torch.split(grain, 32), strict=True)
+        image = torch.cat([self.coder.decode(part[:, :latent], noise) for part, noise in parts])
         grey = ((image[:, 0] + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
         return grey, conditions.outline_mask(x[:, latent:]).cpu().numpy()
 
@@ -371,8 +373,10 @@ class Generator:
 
     def _noise(self, seed: int, index: int) -> Tensor:
         cells = self.card.size // CELL
-        number = int(np.random.default_rng((seed, index, 1)).integers(2**62))
-        return torch.randn(self.card.network.planes, cells, cells, generator=torch.Generator().manual_seed(number))
+        return _normal((self.card.network.planes, cells, cells), seed, index, 1)
+
+    def _grain(self, seed: int, index: int) -> Tensor:
+        return _normal((1, self.card.size, self.card.size), seed, index, 2)
 
     def _sample(self, wish: Wish, image: Grey, mask: NDArray[np.bool_], seed: int) -> Sample:
         place = wish.placement
@@ -387,6 +391,12 @@ class Generator:
             seed,
             wish.index,
         )
+
+
+def _normal(shape: tuple[int, ...], *names: int) -> Tensor:
+    """Normal noise that follows from some numbers."""
+    number = int(np.random.default_rng(names).integers(2**62))
+    return torch.randn(shape, generator=torch.Generator().manual_seed(number))
 
 
 def spread(where: Tensor, latent: int) -> Tensor:

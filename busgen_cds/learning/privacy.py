@@ -230,7 +230,8 @@ def audit(
     attacks: Mapping[str, Attack] = ATTACKS,
 ) -> PrivacyReport:
     """Run every attack on the suspect and its control."""
-    findings = [finding for attack in attacks.values() for finding in attack(suspect, control, embeddings)]
+    remembered = {name: embed.remembered(embedding) for name, embedding in embeddings.items()}
+    findings = [finding for attack in attacks.values() for finding in attack(suspect, control, remembered)]
     said = control.name if control is not None else "none was made: membership concludes nothing"
     counts = (len(suspect.members), len(suspect.strangers), len(suspect.generated))
     return PrivacyReport(suspect.name, *counts, made, dropped, tuple(findings), said)

@@ -1,5 +1,7 @@
 """Image ⇄ latent."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -79,3 +81,35 @@ def test_the_hinge_is_zero_when_all_is_told_apart() -> None:
     """The discriminator's loss is zero beyond its margins and two at chance."""
     assert autoencoder.hinge(torch.full((2, 1), 1.5), torch.full((2, 1), -1.5)) == 0
     assert autoencoder.hinge(torch.zeros(2, 1), torch.zeros(2, 1)) == 2
+
+
+def finished() -> Autoencoder:
+    torch.manual_seed(0)
+    return Autoencoder(dataclasses.replace(CODER, finish=8)).eval()
+
+
+def test_the_last_touch_begins_as_nothing() -> None:
+    """A last touch that was just added changes no pixel, whatever its noise."""
+    plain, touched = coder(), finished()
+    touched.load_state_dict(plain.state_dict(), strict=False)
+    latent, grain = torch.randn(2, 8, 8, 8), torch.randn(2, 1, 64, 64)
+    assert torch.equal(touched.decode(latent, grain), plain.decode(latent))
+
+
+def test_the_grain_is_the_speckle() -> None:
+    """The same latent and noise are the same picture, alone and in company; another noise is another speckle."""
+    network = finished()
+    assert network.finish is not None
+    torch.nn.init.normal_(network.finish.outward.weight)
+    latent, grain = torch.randn(2, 8, 8, 8), torch.randn(2, 1, 64, 64)
+    once = network.decode(latent, grain)
+    assert torch.allclose(network.decode(latent[:1], grain[:1]), once[:1], atol=1e-5)
+    assert not torch.allclose(network.decode(latent, grain.flip(-1)), once, atol=1e-2)
+
+
+def test_the_letter_box_holds_no_picture() -> None:
+    """What a decoder draws outside the image's region is cut off."""
+    image = torch.full((1, 1, 8, 8), -1.0)
+    image[..., :4, 2:6] = 0.5
+    drawn = autoencoder.within(image, torch.full((1, 1, 8, 8), 2.0))
+    assert torch.equal(drawn[..., :4, 2:6], torch.ones(1, 1, 4, 4)) and int((drawn > -1).sum()) == 16

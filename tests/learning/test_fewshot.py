@@ -131,7 +131,7 @@ def test_the_queue_of_shots_judges_other_patients(root: Path, tmp_path: Path) ->
         table.writeheader()
         table.writerows(rows)
     source = fewshot.Source(task(tmp_path).task, ("painted",), ("device-adapt",), ("cyst", "mucinous"), 12, "")
-    settings = shots.Settings(reader=value.Settings(source="painted", steps=1, batch=4, size=64))
+    settings = shots.Settings(reader=value.Settings(sources=("painted",), steps=1, batch=4, size=64))
     manifest = shots.assemble(folder, source, tmp_path / "arm", 8, 0, "shots", None, settings) / "manifest.csv"
     with manifest.open() as file:
         arm = list(csv.DictReader(file))

@@ -128,7 +128,7 @@ def root(tmp_path: Path) -> Path:
     return data_folder(tmp_path / "data", patients=24)
 
 
-PAINTED = Settings(source="painted", steps=2, batch=4, size=SIZE, seeds=1)
+PAINTED = Settings(sources=("painted",), steps=2, batch=4, size=SIZE, seeds=1)
 
 
 def test_arms_differ_only_in_what_they_see() -> None:

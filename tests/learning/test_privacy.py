@@ -34,6 +34,21 @@ def leaking(share: float) -> Suspect:
     return suspect(fresh)
 
 
+def test_no_set_of_images_is_embedded_twice() -> None:
+    """An audit asks an embedding once for each set of images, and finds what it would find without that."""
+    asked: list[bytes] = []
+
+    def counting(images: embed.Squares) -> embed.Vectors:
+        asked.append(images.tobytes())
+        return embed.raw(images)
+
+    found = privacy.audit(leaking(0.1), None, {"pixels": counting}, 100, 0, {"copies": privacy.copies})
+    assert len(asked) == len(set(asked))
+    assert [f.value for f in found.findings] == [
+        f.value for f in privacy.copies(leaking(0.1), None, {"pixels": embed.raw})
+    ]
+
+
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5])
 def test_a_known_share_of_copies_gives_a_known_figure(share: float) -> None:
     """The copy rate finds the share of copies that was planted, though they are mirrored, and its interval holds it."""

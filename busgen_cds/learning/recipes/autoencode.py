@@ -201,14 +201,14 @@ def step(
             f"The loss at step {run.step} is not a number; the last checkpoint is kept. Lower the rate."
         )
     loss.backward()
-    _descend(run.coder, run.optimiser, s.rate * pace(run.step, s), s.clip)
+    descend(run.coder, run.optimiser, s.rate * pace(run.step, s), s.clip)
     if judged:
         with torch.autocast(team.device.type, torch.bfloat16, enabled=s.half):
             told = autoencoder.hinge(run.critic(image)[-1].float(), run.critic(back.detach())[-1].float())
         run.critic_optimiser.zero_grad(set_to_none=True)  # the coder's step left its own gradients there
         told.backward()  # type: ignore[no-untyped-call]
         team.share_gradients(run.critic)
-        _descend(run.critic, run.critic_optimiser, s.rate / 2, s.clip)
+        descend(run.critic, run.critic_optimiser, s.rate / 2, s.clip)
     run.step += 1
     keep = min(s.average, run.step / (run.step + 10))
     with torch.no_grad():
@@ -216,7 +216,7 @@ def step(
     return float(loss.detach())
 
 
-def _descend(network: nn.Module, optimiser: torch.optim.Optimizer, rate: float, clip: float) -> None:
+def descend(network: nn.Module, optimiser: torch.optim.Optimizer, rate: float, clip: float) -> None:
     for group in optimiser.param_groups:
         group["lr"] = rate
     nn.utils.clip_grad_norm_(network.parameters(), clip)

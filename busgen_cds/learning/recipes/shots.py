@@ -58,7 +58,7 @@ def work(
         folder = _result(out, k, seed, arm).parent
         assemble(root, source, folder / "data", k, seed, arm, images, settings)
         sources = (
-            settings.reader.source,
+            *settings.reader.sources,
             *(["shots"] if "shots" in arm else []),
             *([synthesise.SOURCE] if images else []),
         )
@@ -107,7 +107,7 @@ def assemble(
     """Real training images, with what the arm adds."""
     out.mkdir(parents=True, exist_ok=True)
     rows = data.read_manifest(root)
-    chosen = [value.moved(r, root) for r in rows if r.source == settings.reader.source and r.split in ("train", "val")]
+    chosen = [value.moved(r, root) for r in rows if r.source in settings.reader.sources and r.split in ("train", "val")]
     if "shots" in arm:
         few = fewshot.choose(rows, source, shots, seed)
         chosen += [value.moved(r, root) | {"source": "shots", "split": "train"} for r in few]

@@ -33,7 +33,7 @@ NAME = "generator-value"
 RESULT = "value.json"
 SETS = (
     *("BUS-BRA test", "BUS-BRA unseen devices", "BUSI external, lesions", "BUSI external, all 780"),
-    *("BUS-UCLM, lesions", "BUS-UCLM, all"),
+    *("BUSI test, lesions", "BUSI test, all", "BUS-UCLM, lesions", "BUS-UCLM, all"),
 )
 STILL = augment.Strength(*[0.0] * len(dataclasses.fields(augment.Strength)))  # no augmentation at all
 
@@ -61,7 +61,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Settings:
-    source: str = "busbra"  # the arms for which all else is external
+    sources: tuple[str, ...] = ("busbra",)  # what every part of an arm learns from; all else is external
     steps: int = 1200
     batch: int = 16
     size: int = 128
@@ -126,24 +126,24 @@ def assert_unseen(arm: Arm, rows: Sequence[data.Row], card: Card | None, setting
         return
     if card is None:
         raise Misconfigured(f"The arm {arm.name} needs generated images, and the generator's card says what it saw.")
-    if set(card.trained_on) != {settings.source}:
+    if set(card.trained_on) != set(settings.sources):
         raise Misconfigured(
-            f"The arm {arm.name} calls all but {settings.source} external;"
+            f"The arm {arm.name} calls all but {', '.join(settings.sources)} external;"
             f" its generator saw {', '.join(card.trained_on)}."
         )
     seen = {(r.source, r.patient) for r in rows if r.source in card.trained_on and r.split in ("train", "val")}
-    tested = {(r.source, r.patient) for r in rows if r.source != settings.source or r.split in data.HELD_OUT}
+    tested = {(r.source, r.patient) for r in rows if r.source not in settings.sources or r.split in data.HELD_OUT}
     if seen & tested:
         raise AssertionError(f"Patient {sorted(seen & tested)[0]} was seen by the generator and is in a test.")
 
 
 def reader_settings(run: Run, s: Settings) -> train_reader.Settings:
     """The same for every arm but for what it sees."""
-    sources = [s.source] if run.arm.real else []
+    sources = list(s.sources) if run.arm.real else []
     sources += ["duplicate"] if run.arm.duplicates else []
     sources += [synthesise.SOURCE] if run.arm.generated else []
     return train_reader.Settings(
-        sources=tuple(sources) if run.arm.real else (s.source, *sources),
+        sources=tuple(sources) if run.arm.real else (*s.sources, *sources),
         seed=run.seed,
         steps=s.steps,
         batch=s.batch,
@@ -159,13 +159,13 @@ def assemble(run: Run, root: Path, generated: Path | None, out: Path, settings: 
     """A manifest of the arm, its images named where they lie; validation is always the real one."""
     out.mkdir(parents=True, exist_ok=True)
     rows = data.read_manifest(root)
-    real = [r for r in rows if r.source == settings.source and r.split == "train"]
-    names = sorted({r.patient for r in real})
+    real = [r for r in rows if r.source in settings.sources and r.split == "train"]
+    names = sorted({(r.source, r.patient) for r in real})
     order = np.random.default_rng((run.seed, 7)).permutation(len(names))
     kept = {names[i] for i in order[: math.ceil(run.arm.real * len(names))]}
-    chosen = [moved(r, root) for r in real if r.patient in kept]
-    chosen += [moved(r, root) for r in rows if r.source == settings.source and r.split == "val"]
-    copies = [r for r in real if r.patient in kept][: round(run.arm.duplicates * len(real))]
+    chosen = [moved(r, root) for r in real if (r.source, r.patient) in kept]
+    chosen += [moved(r, root) for r in rows if r.source in settings.sources and r.split == "val"]
+    copies = [r for r in real if (r.source, r.patient) in kept][: round(run.arm.duplicates * len(real))]
     chosen += [moved(r, root) | {"source": "duplicate"} for r in copies]
     if run.arm.generated:
         chosen += _generated(generated, run)
@@ -198,7 +198,7 @@ def judge(trained: Path, root: Path, settings: Settings, cache: Path | None) -> 
     images = data.load(root, rows, cache, settings.size)
     score = read(trained, images.image)
     found: dict[str, Any] = {"auc": {}, "scores": {}}
-    for test in evaluate.tests(images, (settings.source,)):
+    for test in evaluate.tests(images, settings.sources):
         if test.name in SETS:
             keep = np.flatnonzero(test.keep)
             found["auc"][test.name] = figures.auc(score[keep], images.malignant[keep])
@@ -227,7 +227,7 @@ def compared(found: list[dict[str, Any]], root: Path, settings: Settings, cache:
     """Each arm's AUC over seeds, and the paired difference to the best control without generated images."""
     rows = data.read_manifest(root)
     images = data.load(root, rows, cache, settings.size)
-    tests = {t.name: np.flatnonzero(t.keep) for t in evaluate.tests(images, (settings.source,)) if t.name in SETS}
+    tests = {t.name: np.flatnonzero(t.keep) for t in evaluate.tests(images, settings.sources) if t.name in SETS}
     names = list(dict.fromkeys(run["arm"]["name"] for run in found))
     table: dict[str, Any] = {}
     for test, keep in tests.items():
