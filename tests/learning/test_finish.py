@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from busgen_cds.errors import Misconfigured
-from busgen_cds.learning import fidelity, reader
+from busgen_cds.learning import encoders, fidelity
 from busgen_cds.learning.generator import Generator
 from busgen_cds.learning.recipes import finish
 from tests.learning.generators import data_folder, tiny
@@ -20,12 +20,12 @@ from tests.learning.generators import data_folder, tiny
 def blank_eye(monkeypatch: pytest.MonkeyPatch) -> Path:
     """An ImageNet encoder without its weights: here only the shapes count."""
 
-    def start(self: reader.Encoder, path: Path) -> None:
+    def start(self: encoders.Encoder, path: Path) -> None:
         torch.manual_seed(0)
         for parameter in self.parameters():
             torch.nn.init.normal_(parameter, std=0.1)
 
-    monkeypatch.setattr(reader.Encoder, "start_from", start)
+    monkeypatch.setattr(encoders.Encoder, "start_from", start)
     return Path("none.npz")
 
 

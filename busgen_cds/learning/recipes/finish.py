@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from busgen_cds.errors import Misconfigured
 from busgen_cds.learning import autoencoder, checkpoint, data, fidelity
 from busgen_cds.learning.autoencoder import Autoencoder
+from busgen_cds.learning.encoders import Encoder
 from busgen_cds.learning.generator import Generator
-from busgen_cds.learning.reader import Encoder
 from busgen_cds.learning.recipes import autoencode
 
 CHECKPOINT = "finish-run.safetensors"
