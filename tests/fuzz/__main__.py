@@ -1,7 +1,7 @@
 """`python -m tests.fuzz [objects|associations|all] [--count N] [--first N] [--seed N] [--findings DIR] [--json FILE]`
 
-Without a count: 100,000 objects, 20,000 associations. Interrupted by Ctrl-C, it says how far it came; `--first` goes on
-from there. Real files are among the seeds where BUSGEN_DATA names them.
+Without a count: 100,000 objects, 20,000 associations. Interrupted by Ctrl-C or `kill`, it says how far it came;
+`--first` goes on from there. Real files are among the seeds where BUSGEN_DATA names them.
 Exits with 1 when a bar was not held.
 """
 
@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import json
 import logging
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +35,8 @@ def main() -> int:
     arguments.add_argument("--json", type=Path)
     chosen = arguments.parse_args()
     logging.disable(logging.WARNING)
+    for each in (signal.SIGINT, signal.SIGTERM):  # in the background a shell has SIGINT ignored
+        signal.signal(each, signal.default_int_handler)
     reports = [
         attack(chosen.count or most, chosen.seed, chosen.findings, chosen.first)
         for name, (attack, most) in RUNS.items()
