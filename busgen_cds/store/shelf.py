@@ -190,16 +190,12 @@ class Shelf:
         plots: Mapping[str, bytes] | None = None,
     ) -> Shelved:
         """Seal a candidate onto the shelf; one that is there already is left as it is."""
-        known = self.find(candidate.digest, session)
-        if known:
-            return known
-        folder = self.folder / candidate.digest
-        if not folder.exists():
-            with _made(folder) as making:
-                candidate.seal(making, signer)
-                Bundle.open(making, self.verifier)  # a key that may not sign bundles makes none
-        self._keep_plots(candidate.digest, plots or {})
-        return self._add(candidate, "put", who, (), report, session)
+
+        def seal(making: Path) -> None:
+            candidate.seal(making, signer)
+            Bundle.open(making, self.verifier)  # a key that may not sign bundles makes none
+
+        return self._keep(candidate, "put", self.folder / candidate.digest, seal, who, (), report, session, plots)
 
     def refuse(
         self,
@@ -212,17 +208,14 @@ class Shelf:
         plots: Mapping[str, bytes] | None = None,
     ) -> Shelved:
         """Keep a candidate that failed, with the reasons, unsigned."""
-        known = self.find(candidate.digest, session)
-        if known:
-            return known
+
+        def write(making: Path) -> None:
+            (making / MANIFEST).write_bytes(candidate.manifest.to_bytes())
+            for name, data in candidate.files.items():
+                (making / name).write_bytes(data)
+
         folder = self._refused(candidate.digest)
-        if not folder.exists():
-            with _made(folder) as making:
-                (making / MANIFEST).write_bytes(candidate.manifest.to_bytes())
-                for name, data in candidate.files.items():
-                    (making / name).write_bytes(data)
-        self._keep_plots(candidate.digest, plots or {})
-        return self._add(candidate, "refuse", who, reasons, report, session)
+        return self._keep(candidate, "refuse", folder, write, who, reasons, report, session, plots)
 
     def adopt(self, source: Path, *, person: str, report: Mapping[str, Any] | None = None) -> Shelved:
         """Copy a bundle that a trusted key has signed onto the shelf, as it is."""
@@ -459,6 +452,28 @@ class Shelf:
         _sync(self.folder)
 
     # -- inside: rows ------------------------------------------------------------------------------------------------
+
+    def _keep(
+        self,
+        candidate: Candidate,
+        verb: Verb,
+        folder: Path,
+        fill: Callable[[Path], None],
+        who: str,
+        reasons: Sequence[str],
+        report: Mapping[str, Any],
+        session: Session | None,
+        plots: Mapping[str, bytes] | None,
+    ) -> Shelved:
+        """Files first, then the row: what a row names is on the disk."""
+        known = self.find(candidate.digest, session)
+        if known:
+            return known
+        if not folder.exists():
+            with _made(folder) as making:
+                fill(making)
+        self._keep_plots(candidate.digest, plots or {})
+        return self._add(candidate, verb, who, reasons, report, session)
 
     def _add(
         self,
