@@ -20,7 +20,7 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
-from busgen_cds import bundle, drift, settings, signing
+from busgen_cds import bundle, drift, parcel, settings, signing
 from busgen_cds.bundle import Bundle
 from busgen_cds.dicom import files, intake, objects, outbox
 from busgen_cds.dicom.association import CommitmentReport, CommitmentRequest, Noted, Peer, Rules
@@ -52,7 +52,7 @@ from busgen_cds.vision import assess, engine
 from busgen_cds.vision.engine import Device, Engine, Reading
 from busgen_cds.vision.live import Live
 
-RELEASE_KINDS = frozenset({bundle.KIND})
+RELEASE_KINDS = frozenset({bundle.KIND, parcel.KIND})
 
 
 def local_now() -> datetime:
@@ -122,7 +122,7 @@ def open_shelf(chosen: Settings, opened: Database) -> Shelf:
 def open_drift(chosen: Settings, opened: Database) -> Drift:
     said = chosen.drift
     limits = drift.Limits(said.least_studies, said.scores, said.categories, said.declines, said.images)
-    return Drift(opened, limits, said.reference_studies)
+    return Drift(opened, limits, said.reference_studies, asks=said.asks)
 
 
 def night_signer(chosen: Settings) -> signing.KeySigner:

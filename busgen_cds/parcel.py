@@ -122,6 +122,17 @@ def unpack(parcel: Path, into: Path, verifier: signing.Verifier, tell: Tell = la
     return said
 
 
+def unpacked(parcel: Path, into: Path, verifier: signing.Verifier) -> Contents:
+    """As `unpack`; a folder that was unpacked before stays if it holds just what was signed, else it is made anew."""
+    said = contents(parcel, verifier)
+    if into.exists():
+        files = {path.relative_to(into).as_posix(): path for path in into.rglob("*") if path.is_file()}
+        if {name: _sha256(path) for name, path in files.items()} == {n: f["sha256"] for n, f in said.files.items()}:
+            return said
+        shutil.rmtree(into)
+    return unpack(parcel, into, verifier)
+
+
 def _contents(archive: zipfile.ZipFile, parcel: Path, verifier: signing.Verifier) -> Contents:
     try:
         entry = archive.getinfo(ENVELOPE)

@@ -172,6 +172,9 @@ class Rules(_Section):
     test_patients: int = Field(
         default=8, ge=5, description="Of the site's test set, with a cancer and without, each: fewer judge nothing."
     )
+    doubtful: float = Field(
+        default=0.75, ge=0.6, le=0.95, description="AUC of the live reader on the site: below it labels are in doubt."
+    )
     teachers: int = Field(default=8, ge=4, description="Patients that teach, at least.")
 
 
@@ -180,6 +183,9 @@ class Adaptation(_Section):
         default="", description='When the night runs, as a cron line ("0 1 * * *"); unset: only when asked for.'
     )
     least_new: int = Field(default=64, ge=8, description="New cases that teach, for a night to be worth it.")
+    least_new_asked: int = Field(
+        default=16, ge=8, description="So many are enough while a drift alarm asks for adaptation (drift.asks)."
+    )
     start: tuple[Path, ...] = Field(
         default=(), description="Checkpoints of the release's reader; every night begins from them. None: no adapting."
     )
@@ -196,6 +202,13 @@ class Adaptation(_Section):
     )
     kept: float = Field(
         default=0.0, ge=0, le=1, description="Share of the weights before in the result: forgets less, and gains less."
+    )
+    replay: float = Field(
+        default=0.0,
+        ge=0,
+        le=0.9,
+        description="Share of every batch for generated images, the release's and the site's own; 0: they only judge. "
+        "What it is worth is not measured yet.",
     )
     steps: int = Field(default=48, ge=1, description="Steps of the fine-tuning.")
     generated: int = Field(default=200, ge=0, description="Images that the adapted generator makes.")
@@ -220,6 +233,7 @@ class Drift(_Section):
         description="Squared maximum mean discrepancy of the images' embeddings, 1 at most. What chance gives "
         "in one week of a thousand raises no alarm, whatever the limit.",
     )
+    asks: bool = Field(default=True, description="An alarm asks for adaptation, until a night has learnt after it.")
 
 
 class Study(_Section):

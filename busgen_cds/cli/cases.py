@@ -44,6 +44,8 @@ def adapt(
                 adapt_site.every(cron)
                 serving.until_told()
                 return
+            for each in learning_loop.lacking(site):
+                console.print(f"Before it begins: {each}.", soft_wrap=True, highlight=False)
             word = adapt_site.run(anyway=anyway)
         _say_what_became(site, word)
 
@@ -111,6 +113,7 @@ def cases_list(config: Config = HERE, as_json: Json = False) -> None:
         outcomes = confirm_case.gather(stations)
         kept = stations.book.listing()
         reports = {o.study_ref: stations.book.pathology_of(o.study_ref) for o in outcomes if _conflict(o)}
+        lacking, new = learning_loop.lacking(site), len(stations.book.new())
     if as_json:
         doubts = [
             {"study": o.study_ref, "finding": o.finding, "conflict": _conflict(o), "reason": o.found.reason}
@@ -131,6 +134,9 @@ def cases_list(config: Config = HERE, as_json: Json = False) -> None:
     for study_ref, found in reports.items():
         for report in found:
             out.print(f"  study {study_ref[:8]}: report {report.ref[:8]} says {report.pathology}, {report.reported_on}")
+    out.print(f"{new} new cases teach; a night begins from {site.settings.adaptation.least_new} on.")
+    for what in lacking:
+        out.print(f"  {what}", soft_wrap=True, highlight=False)
     return None
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from busgen_cds.learning.generator import Generator
     from busgen_cds.learning.recipes.train_reader import Report
     from busgen_cds.learning.release import Filter
+    from busgen_cds.signing import KeySigner
 
 app = typer.Typer(no_args_is_help=True, help="Train, measure and seal models.")
 console = Console()
@@ -240,21 +241,25 @@ def publish(
 
 
 def _sign(candidate: Candidate, out: Path, keys: Path) -> None:
-    """Sign with a key that is used once; its public half is what a product trusts."""
+    manifest = candidate.manifest
+    signer = _key_used_once(keys / f"release-{manifest.name}-{manifest.version}.pem")
+    candidate.seal(out, signer)
+    console.print(
+        f"Sealed {manifest.name} {manifest.version} in {out}, digest {candidate.digest[:16]}, key {signer.key_id}"
+    )
+
+
+def _key_used_once(public: Path) -> KeySigner:
+    """A key that is gone when this program ends; its public half is what a product trusts."""
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
     from busgen_cds import signing
 
     signer = signing.KeySigner(Ed25519PrivateKey.generate())
-    public = signer.key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
-    manifest = candidate.manifest
-    keys.mkdir(parents=True, exist_ok=True)
-    (keys / f"release-{manifest.name}-{manifest.version}.pem").write_bytes(public)
-    candidate.seal(out, signer)
-    console.print(
-        f"Sealed {manifest.name} {manifest.version} in {out}, digest {candidate.digest[:16]}, key {signer.key_id}"
-    )
+    public.parent.mkdir(parents=True, exist_ok=True)
+    public.write_bytes(signer.key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
+    return signer
 
 
 def _open(folder: Path, trust: list[Path]) -> Bundle:
@@ -748,3 +753,62 @@ def site_adaptation(
     found = recipe.compare(root, runs, settings, cache)
     page = recipe.write(found, root, runs, settings, left, results, cache)
     console.print(f"Written: {page}; {left} runs left", soft_wrap=True)
+
+
+@app.command("site-recipe")
+def site_recipe(
+    start: Annotated[Path, typer.Option(help="The member of the reader that every recipe begins from.")],
+    runs: Annotated[Path, typer.Option("--out", help="Folder of the queue's runs.")],
+    data: Data = None,
+    rounds: Annotated[int, typer.Option(help="Times that the patients are dealt into folds.")] = 2,
+    cases: Annotated[int, typer.Option(help="That teach in every run.")] = 64,
+    most: Annotated[int | None, typer.Option(help="Runs to do now; all without it.")] = None,
+    results: Annotated[Path, typer.Option(help="Where the page goes.")] = Path("docs/results"),
+    cache: Cache = Path("runs/cache"),
+) -> None:
+    """Compare ways to adapt on the patients of `site-adapt` alone; a resumable queue."""
+    from busgen_cds.learning.recipes import site_recipe as recipe
+
+    root = _root(data)
+    left = recipe.work(root, start, runs, rounds, cases, cache, most, console.print)
+    page = recipe.write(recipe.compare(runs, rounds), cases, left, results)
+    console.print(f"Written: {page}; {left} runs left", soft_wrap=True)
+
+
+@app.command("release-set")
+def release_set(
+    version: Annotated[str, typer.Option(help="Of the set: a new one for every set that is released.")],
+    generator: Weights = None,
+    count: Annotated[int, typer.Option(help="Images.")] = 360,
+    privacy: Annotated[
+        Path | None, typer.Option(help="privacy.json of this generator; without it, not audited.")
+    ] = None,
+    images: Annotated[Path, typer.Option(help="Where they are made; an unfinished folder goes on.")] = Path(
+        "runs/release-set"
+    ),
+    out: Annotated[Path, typer.Option(help="Where the package keeps it.")] = Path("busgen_cds/release_set"),
+    keys: Annotated[Path, typer.Option(help="Where the one-shot key's public half goes.")] = Path("busgen_cds/trust"),
+    guidance: Annotated[float, typer.Option(help="How firmly an image is held to its label.")] = 2.0,
+    seed: int = 0,
+) -> None:
+    """Make the images that every site's judge can read, and put them into the package, signed."""
+    from busgen_cds import app as house
+    from busgen_cds import bundle, signing
+    from busgen_cds.learning import export
+    from busgen_cds.learning import generator as generator_
+    from busgen_cds.learning.recipes import release_set as recipe
+    from busgen_cds.learning.recipes import synthesise
+
+    makes = _generator(generator)
+    asked = recipe.typical(makes.card.vocabulary, count, seed, guidance)
+    synthesise.generate(makes, images, asked, _gate(generator))
+    weights = signing.digest(((generator or generator_.SHIPPED) / generator_.FLOW).read_bytes())
+    shipped = house.open_bundle()
+    reader = (f"{shipped.name.name} {shipped.name.version}", export.open_graph(shipped.files[bundle.NETWORK], 1))
+    report = json.loads(privacy.read_text(encoding="utf-8")) if privacy else None
+    for old in keys.glob(f"release-{recipe.NAME}-*.pem"):  # the set it vouched for is replaced
+        old.unlink()
+    terms = recipe.Terms(version, datetime.date.today().isoformat(), weights)
+    signer = _key_used_once(keys / f"release-{recipe.NAME}-{version}.pem")
+    said = recipe.make(images, out, terms, signer, reader, report)
+    console.print(f"{out / recipe.FILE}: {len(said.files)} files. Its card: {out / recipe.CARD}")

@@ -3,6 +3,7 @@
     enough new cases? → adapter → images → privacy → members → candidate → verdict → shelf
 
 Rules:
+- A night is worth it from so many new cases on; fewer are enough while a drift alarm asks for adaptation.
 - Which cases teach is written down when the run begins; whatever is confirmed later waits for the next one.
 - A stage that was killed is begun again; what it makes is the same, so that the candidate's digest is, too.
 - A candidate that the judge refuses is kept as refused, with its reasons; one that it accepts goes onto the shelf,
@@ -73,6 +74,8 @@ class Stations:
     recipes: Recipes
     least_new: int  # cases that teach, since the last run
     name: str
+    least_new_asked: int = 0  # the same, while something asks for adaptation
+    asked: Callable[[], str] = lambda: ""  # what asks for it, in words; empty: nothing
     clock: Callable[[], datetime] = lambda: datetime.now(UTC)
 
     @property
@@ -117,17 +120,16 @@ def _plan(run: str, anyway: bool) -> str:
     if (folder / PLAN).exists():
         return "planned"
     confirm_case.gather(stations.cases)
-    last = next((each for each in stations.book.adaptations() if each.outcome in ("shelved", "refused")), None)
-    every = stations.book.listing()
+    every, new, asked = stations.book.listing(), stations.book.new(), stations.asked()
     teach = [each for each in every if each.part == "teach"]
-    new = [each for each in teach if last is None or each.made_at > last.newest_case]
-    if not teach or (len(new) < stations.least_new and not anyway):
-        return f"not enough cases: {len(new)} new ones, {stations.least_new} are asked for"
+    needed = min(stations.least_new, stations.least_new_asked) if asked else stations.least_new
+    if not teach or (len(new) < needed and not anyway):
+        return f"not enough cases: {len(new)} new ones, {needed} are asked for{f' ({asked})' if asked else ''}"
     partial = folder.with_name(f"{run}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     stations.write_cases(stations.book, every, partial / "cases")
     of = signing.digest(signing.canonical(sorted(each.sha256 for each in every)))
-    plan = {"on": stations.clock().date().isoformat(), "of": of, "cases": len(teach), "new": len(new)}
+    plan = {"on": stations.clock().date().isoformat(), "of": of, "cases": len(teach), "new": len(new), "asked": asked}
     (partial / PLAN).write_text(json.dumps(plan), encoding="utf-8")
     if not stations.book.begin(run, teach, again=anyway):
         shutil.rmtree(partial)
@@ -171,7 +173,8 @@ _verdict = _stage("verdict", lambda stations, folder: stations.recipes.verdict(f
 def _shelve(stations: Stations, folder: Path) -> None:
     """The candidate is put there, or kept as refused; doing it again changes nothing."""
     made, judged, plan = _make(stations, folder), stations.recipes.verdict(folder), _planned(folder)
-    night = {"title": "The night", "rows": [["cases", str(plan["cases"])], ["new", str(plan["new"])]]}
+    rows = [["cases", str(plan["cases"])], ["new", str(plan["new"])]]
+    night = {"title": "The night", "rows": [*rows, *([["asked for by", plan["asked"]]] if plan["asked"] else [])]}
     report = {"tables": [*judged.tables, night]}
     if judged.reasons:
         stations.shelf.refuse(made, reasons=judged.reasons, report=report)

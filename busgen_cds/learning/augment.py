@@ -37,6 +37,9 @@ class Strength:
     marks: float = 0.4  # chance
     heal: float = 0.12  # chance that a lesion image becomes a lesion-free one
 
+    def scaled(self, share: float) -> Strength:
+        return Strength(**{name: share * value for name, value in vars(self).items()})
+
 
 def uniform(generator: Generator, low: float, high: float, *shape: int) -> Tensor:
     return torch.rand(shape, generator=generator) * (high - low) + low

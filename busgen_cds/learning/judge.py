@@ -5,6 +5,7 @@ Rules:
   and for ever, and the release's set. The candidate, its calibration and its thresholds saw neither.
 - The cases that taught are judged too: a candidate of few patients, of copies, of frames unlike anything the reader has
   seen, or of labels that contradict the reader far more than the locked set does, is refused, however well it reads.
+  Wrong labels reach the site's test patients too: where the live reader does poorly on either, labels are in doubt.
 - Every rule that fails gives a reason; one is enough. What could not be measured does not hold.
 """
 
@@ -41,6 +42,9 @@ class Rules:
     one_patient: float = 0.34  # of the cases, at most
     copies: float = 0.05  # of the cases that show the same pixels as another, at most
     strange: float = 0.25  # of the cases beyond the live reader's gate, at most
+    doubtful: float = (
+        0.75  # AUC of the live reader, on the cases or the site's test patients: below, labels are in doubt
+    )
     contradiction: float = 0.15  # AUC of the live reader that the cases may lie below the site's test patients
 
 
@@ -128,6 +132,9 @@ def _of_material(material: Material, site: Read, rules: Rules) -> Iterator[str]:
             f"the cases contradict the live reader: AUC {on_cases:.3f} on them and {on_test:.3f} on the site's test"
             " patients; look at their labels"
         )
+    for name, found in (("the cases", on_cases), (site.name, on_test)):
+        if found < rules.doubtful:
+            yield f"the live reader's AUC on {name} is {found:.3f}; below {rules.doubtful:g} their labels are in doubt"
 
 
 def _of_site(read: Read, rules: Rules) -> Iterator[str]:

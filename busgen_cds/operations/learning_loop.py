@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from busgen_cds import app
+from busgen_cds import app, parcel, signing
 from busgen_cds.app import Site
 from busgen_cds.errors import Misconfigured
 from busgen_cds.flows import adapt_site, confirm_case
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("busgen_cds.operations.learning_loop")
 
 SOURCE = "site"
+STRANGERS = 20  # patients whom a site's generator never meets, for its privacy audit
+RELEASE_SET = "busgen-release-set.parcel"
 COLUMNS = (
     *("image", "mask", "source", "patient", "pathology", "birads", "histology"),
     *("device", "view", "doppler", "marks", "split", "note"),
@@ -113,6 +115,8 @@ def night_stations(site: Site) -> adapt_site.Stations:
         recipes=recipes(site, how),
         least_new=chosen.adaptation.least_new,
         name="site-reader",
+        least_new_asked=chosen.adaptation.least_new_asked,
+        asked=lambda: asked(site, site.shelf.live().digest),
     )
 
 
@@ -133,10 +137,59 @@ def recipes(site: Site, how: recipe.Settings) -> adapt_site.Recipes:
     )
 
 
-def release_images() -> Path | None:
-    """The generated images that came with the package, if any did."""
-    folder = Path(str(resources.files("busgen_cds") / "release_set"))
-    return folder if (folder / "manifest.csv").exists() else None
+def lacking(site: Site) -> list[str]:
+    """What the next candidate would be refused for, or made without, as far as the cases' counts tell it before."""
+    said, kept = site.settings.adaptation, casebook(site).listing()
+    parts = {part: {each.patient for each in kept if each.part == part} for part in ("teach", "test")}
+    cancers = {each.patient for each in kept if each.pathology == "malignant"}
+    with_, without = len(parts["test"] & cancers), len(parts["test"] - cancers)
+    lesions = {each.patient for each in kept if each.part == "teach" and each.pathology != "normal"}
+    found = []
+    if len(parts["teach"]) < said.rules.teachers:
+        found.append(f"{len(parts['teach'])} patients teach; {said.rules.teachers} are needed")
+    if min(with_, without) < said.rules.test_patients:
+        found.append(
+            f"{with_} test patients have a cancer and {without} have none; the judge takes {said.rules.test_patients}"
+            " of each (3 patients in 10 test)"
+        )
+    if said.generator and not said.replay:
+        found.append("a generator is named, but adaptation.replay gives its images no share: it is not adapted")
+    elif said.generator and len(lesions) // 2 < STRANGERS:
+        found.append(
+            f"{len(lesions)} teaching patients have a lesion; the generator is adapted from {2 * STRANGERS} on, so that"
+            " half of them can be held back for its privacy audit"
+        )
+    return found
+
+
+def asked(site: Site, live: str) -> str:
+    """The drift alarm of the live bundle that asks for adaptation, in words; empty: none does."""
+    learnt = casebook(site).learnt()
+    alarm = site.drift.asked(live, learnt.began_at if learnt else None)
+    if alarm is None:
+        return ""
+    return f"drift of the {alarm.figure} of {alarm.device or 'all devices'} in the week of {alarm.week}"
+
+
+def wish(site: Site, live: str) -> str:
+    """The same, with what a night still needs."""
+    why = asked(site, live)
+    if not why:
+        return ""
+    said, new = site.settings.adaptation, len(casebook(site).new())
+    enough = min(said.least_new, said.least_new_asked)
+    return f"Adaptation is asked for by {why}: {new} new cases teach, {enough} are enough."
+
+
+def release_set(site: Site) -> tuple[Path, str]:
+    """The release's generated images: those of the settings, else those that came with the package, verified; and
+    what the judge's report calls them."""
+    if chosen := site.settings.adaptation.release:
+        return site.settings.path(chosen), "adaptation.release of the settings"
+    shipped = Path(str(resources.files("busgen_cds") / "release_set" / RELEASE_SET))
+    folder = site.settings.path(site.settings.storage.folder) / "release-set"
+    said = parcel.unpacked(shipped, folder, app.release_verifier())
+    return folder, f"{said.name} {said.version} of the package, {signing.digest(shipped.read_bytes())[:16]}"
 
 
 def _laboratory_settings(site: Site) -> recipe.Settings:
@@ -152,18 +205,20 @@ def _laboratory_settings(site: Site) -> recipe.Settings:
     chosen, path = site.settings.adaptation, site.settings.path
     if not chosen.start:
         raise Misconfigured("Set adaptation.start to the checkpoints of the release's reader: nights begin from them.")
-    release, data = path(chosen.release) if chosen.release else release_images(), chosen.data
-    if release is None and data is None:
-        raise Misconfigured("Set adaptation.release or adaptation.data: without a release set nothing can be judged.")
-    reader = adapt_reader.Settings(method=chosen.method, steps=chosen.steps, kept=chosen.kept, threads=chosen.threads)
+    release, named = release_set(site)
+    reader = adapt_reader.Settings(
+        method=chosen.method, steps=chosen.steps, kept=chosen.kept, threads=chosen.threads, generated=chosen.replay
+    )
     return recipe.Settings(
         start=tuple(path(each) for each in chosen.start),
         release=release,
-        data=path(data) if data else None,
+        release_name=named,
+        data=path(chosen.data) if chosen.data else None,
         generator=path(chosen.generator) if chosen.generator else None,
         init=path(chosen.encoder) if chosen.encoder else None,
         reader=reader,
         generated=chosen.generated,
+        strangers=STRANGERS,
         rules=judge.Rules(**chosen.rules.model_dump()),
         threads=chosen.threads,
     )

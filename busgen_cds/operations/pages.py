@@ -118,6 +118,7 @@ def _models(site: Site) -> web.Models:
         begin_shadow=lambda digest, who: shelf.to_shadow(digest, person=who),
         end_shadow=lambda digest, who: shelf.end_shadow(digest, person=who),
         withdraw=lambda digest, who, why: shelf.withdraw(digest, person=who, reason=why),
+        wish=lambda live: learning_loop.wish(site, live),
     )
 
 

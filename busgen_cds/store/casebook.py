@@ -328,6 +328,15 @@ class Casebook:
                 detail = {"run": ref, "digest": digest, "outcome": outcome}
                 audit.record(own, audit.Act("adaptation ended", "night", reason, detail=detail))
 
+    def learnt(self) -> Adaptation | None:
+        """The last run that came to an end with the cases it learnt from."""
+        return next((each for each in self.adaptations() if each.outcome in ("shelved", "refused")), None)
+
+    def new(self) -> list[Listed]:
+        """The cases that teach, and that no run has learnt from yet."""
+        last = self.learnt()
+        return self.listing("teach", made_after=last.newest_case if last else None)
+
     def adaptations(self) -> list[Adaptation]:
         """The newest first."""
         with self._database.reading() as session:

@@ -6,6 +6,7 @@ Rules:
   well enough is compared with all.
 - A study counts once, at its first revision, in the week (from Monday, UTC) in which it was read.
 - An alarm is raised once for a figure, a week and a device, and is an act in the transaction that raises it.
+- Where it may, an alarm asks for adaptation; it is answered by whatever was learnt after it.
 """
 
 from __future__ import annotations
@@ -91,8 +92,11 @@ class Drift:
         limits: Limits = Limits(),  # noqa: B008 - frozen
         reference_studies: int = 200,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+        *,
+        asks: bool = True,
     ) -> None:
         self._database, self.limits, self.reference_studies, self._clock = database, limits, reference_studies, clock
+        self.asks = asks
 
     def add(self, digest: str, device: str, study: Sums) -> None:
         """Count one study that this bundle read."""
@@ -143,7 +147,7 @@ class Drift:
                 _alone(session)
                 if not _known(session, alarm):
                     session.execute(sa.insert(_alarms).values(**vars(alarm)))
-                    audit.record(session, _act(alarm), at=now)
+                    audit.record(session, _act(alarm, self.asks), at=now)
                     raised.append(alarm)
         return raised
 
@@ -152,6 +156,11 @@ class Drift:
         query = query.order_by(_alarms.c.week.desc(), _alarms.c.device, _alarms.c.figure).limit(limit)
         with self._database.reading() as session:
             return [Alarm(**row._mapping) for row in session.execute(query)]
+
+    def asked(self, digest: str, learnt: datetime | None) -> Alarm | None:
+        """The newest alarm that asks for adaptation: none was begun after it."""
+        raised = [each for each in self.alarms(digest) if learnt is None or each.at > learnt] if self.asks else []
+        return max(raised, key=lambda each: each.at, default=None)
 
     def _reference(self, digest: str) -> dict[str, Sums]:
         query = sa.select(_weeks).where(_weeks.c.digest == digest, _weeks.c.week == REFERENCE)
@@ -206,7 +215,8 @@ def _known(session: Session, alarm: Alarm) -> bool:
     return session.execute(sa.select(_alarms.c.at).where(mine)).first() is not None
 
 
-def _act(alarm: Alarm) -> audit.Act:
+def _act(alarm: Alarm, asks: bool) -> audit.Act:
     where = alarm.device or "all devices"
     what = f"{alarm.figure} of {where} in the week of {alarm.week}: {alarm.value:.3f}, limit {alarm.highest:.3f}"
-    return audit.Act("drift alarm", "watch", what, detail={"digest": alarm.digest, "figure": alarm.figure})
+    detail = {"digest": alarm.digest, "figure": alarm.figure} | ({"asks for": "adaptation"} if asks else {})
+    return audit.Act("drift alarm", "watch", what, detail=detail)

@@ -133,6 +133,7 @@ def _overview(models: Models, live: str) -> dict[str, Any]:
         "filled": models.drift.filled(live) if live else 0,
         "wanted": models.drift.reference_studies,
         "alarms": models.drift.alarms(live, limit=20) if live else [],
+        "wish": models.wish(live) if live else "",
     }
 
 

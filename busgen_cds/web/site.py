@@ -73,6 +73,7 @@ class Models:
     begin_shadow: Callable[[str, str], Shelved]  # digest, who
     end_shadow: Callable[[str, str], Shelved]
     withdraw: Callable[[str, str, str], Shelved]  # digest, who, why
+    wish: Callable[[str], str] = lambda live: ""  # for adaptation, that drift of the live bundle makes; in words
 
 
 Check = Callable[[], str]  # says in words what it found, or raises

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 from busgen_cds import app, cli, settings
+from busgen_cds.case import Case, Pathology
 from busgen_cds.cli.cases import cases_app
 from busgen_cds.cli.site import settings_text
 from busgen_cds.errors import Misconfigured
@@ -38,6 +40,24 @@ def test_cases_are_listed_for_machines(config: Path) -> None:
     """`cases list --json` is JSON with the cases and the doubts."""
     found = RUN.invoke(cases_app, ["list", "--json", "-c", str(config)])
     assert json.loads(found.stdout) == {"cases": [], "doubts": []}
+
+
+def test_what_a_night_would_lack_is_said_before_it(tmp_path: Path) -> None:
+    """`cases list` counts the patients that a judge, and a generator's privacy audit, will ask for."""
+    text = settings_text("Here", 0.1, ["ANY"], "", 0) + '\n[adaptation]\ngenerator = "generator"\nreplay = 0.3\n'
+    config = app.found(tmp_path / "s", text, "a passphrase of some length")
+    with app.opened_site(settings.read(config)) as site:
+        book = learning_loop.casebook(site)
+        for number in range(12):
+            tissue = np.full((8, 8), number, np.uint8)
+            truth: Pathology = ("benign", "malignant")[number % 2]
+            one = Case(f"{number:016x}", tissue, tissue > 9, truth, None, "reader", "agree", "2026-03-01", None)
+            book.keep(one, study_ref=f"{number:032x}", revision=1, finding=1, who="ruth")
+        teach, test = (len(book.listing(part)) for part in ("teach", "test"))
+    said = " ".join(RUN.invoke(cases_app, ["list", "-c", str(config)]).stdout.split())
+    assert f"{teach} new cases teach; a night begins from 64 on" in said
+    assert "test patients have a cancer" in said and "the judge takes 8 of each" in said and test < 16
+    assert f"{teach} teaching patients have a lesion; the generator is adapted from 40 on" in said
 
 
 def test_an_export_needs_an_empty_folder(config: Path, tmp_path: Path) -> None:

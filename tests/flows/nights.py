@@ -66,16 +66,17 @@ class Ward:
             one = Case(f"{i:016x}", tissue, tissue > 190, truth, "3", "reader", "agree", "2026-03-01", None)
             self.book.keep(one, study_ref=f"{i:032x}", revision=1, finding=1, who="ruth")
 
-    def stations(self, recipes: Recipes, least_new: int = 8) -> Stations:
+    def stations(self, recipes: Recipes, least_new: int = 8, least_new_asked: int = 8, asked: str = "") -> Stations:
         results = Results(self.database, self.vault)
         inbox, words = Inbox(self.folder / "inbox", self.database, self.vault), Cases(self.database, self.vault)
         return Stations(
             confirm_case.Stations(inbox, results, words, self.book), self.shelf, NIGHT, self.folder / "nights",
-            learning_loop.write_cases, recipes, least_new, "site-reader", lambda: MADE_ON,
+            learning_loop.write_cases, recipes, least_new, "site-reader", least_new_asked,
+            lambda: asked, lambda: MADE_ON,
         )  # fmt: skip
 
-    def night(self, recipes: Recipes, *, least_new: int = 8, anyway: bool = False) -> str:
-        adapt_site.launch(self.stations(recipes, least_new), f"sqlite:///{self.folder / 'workflows.sqlite'}")
+    def night(self, recipes: Recipes, *, anyway: bool = False, **begins: Any) -> str:
+        adapt_site.launch(self.stations(recipes, **begins), f"sqlite:///{self.folder / 'workflows.sqlite'}")
         try:
             return adapt_site.run(anyway=anyway)
         finally:
@@ -138,8 +139,22 @@ def killed_shelf(ward: Ward, when: str) -> None:
     ward.shelf.put = dies  # type: ignore[method-assign]
 
 
+def killed_plan(ward: Ward, when: str) -> None:
+    """The process dies before the cases are written down, or when the run has begun and its folder is not there."""
+    begin = ward.book.begin
+
+    def dies(*args: Any, **more: Any) -> Any:
+        _die(when, "plan before")
+        found = begin(*args, **more)
+        _die(when, "plan after")
+        return found
+
+    ward.book.begin = dies  # type: ignore[method-assign]
+
+
 if __name__ == "__main__":
     ward = Ward(Path(sys.argv[1]))
     when = " ".join(sys.argv[2:])
+    killed_plan(ward, when)
     killed_shelf(ward, when)
     print(ward.night(laboratory(when)))  # noqa: T201

@@ -18,7 +18,7 @@ from tests.flows.nights import VERIFIER, Ward, laboratory
 
 STAGES = [
     f"{stage} {when}"
-    for stage in ("adapter", "images", "privacy", "members", "candidate", "verdict", "shelf")
+    for stage in ("plan", "adapter", "images", "privacy", "members", "candidate", "verdict", "shelf")
     for when in ("before", "after")
 ]
 
@@ -72,6 +72,17 @@ def test_too_few_new_cases_begin_nothing(ward: Ward) -> None:
     assert ward.night(laboratory(), least_new=teach).startswith("shelved")
     assert ward.night(laboratory(), least_new=1) == "not enough cases: 0 new ones, 1 are asked for"
     assert ward.night(laboratory(), least_new=99, anyway=True).startswith("shelved")
+
+
+def test_a_drift_alarm_makes_fewer_cases_enough(ward: Ward) -> None:
+    """While drift asks for adaptation a night needs fewer new cases, and its report says what asked."""
+    teach, why = len(ward.book.listing("teach")), "drift of the images of Bolt S9 in the week of 2026-03-02"
+    begins = {"least_new": teach + 1, "least_new_asked": teach}
+    assert "not enough cases" in ward.night(laboratory(), **begins)
+    assert why in ward.night(laboratory(), least_new=99, least_new_asked=teach + 1, asked=why)
+    word, digest = ward.night(laboratory(), **begins, asked=why).split()
+    rows = ward.shelf.get(digest).report["tables"][-1]["rows"]
+    assert word == "shelved" and ["asked for by", why] in [list(row) for row in rows]
 
 
 def test_a_stage_that_fails_ends_the_night_with_its_reason(ward: Ward) -> None:

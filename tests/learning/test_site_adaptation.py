@@ -12,7 +12,7 @@ import torch
 from busgen_cds.learning import data
 from busgen_cds.learning.figures import Interval
 from busgen_cds.learning.reader import Reader, Shape
-from busgen_cds.learning.recipes import adapt_reader, site_adaptation, train_reader
+from busgen_cds.learning.recipes import adapt_reader, site_adaptation, site_recipe, train_reader
 
 SMALL = Shape(width=16, tasks={"birads": 4})
 
@@ -132,3 +132,25 @@ def test_the_gain_is_paired() -> None:
     assert same == (0.0, 0.0, 0.0)
     better = site_adaptation.gain(score, np.stack([score + truth, score + 2 * truth]), truth, patients, 50)
     assert better.low > 0
+
+
+def test_recipes_are_chosen_on_patients_held_back() -> None:
+    """Each round deals the patients of `site-adapt` anew; nobody is in two folds, and every fold meets a cancer."""
+    rows = site_adaptation.b_mode(_rows(60), "site-adapt")
+    for round_ in range(3):
+        parts = site_recipe.folds(rows, round_)
+        assert set.union(*parts) == {row.patient for row in rows}
+        assert sum(map(len, parts)) == len({row.patient for row in rows})
+        assert all(any(row.malignant for row in rows if row.patient in part) for part in parts)
+    assert site_recipe.folds(rows, 0) != site_recipe.folds(rows, 1)
+    queue = site_recipe.queue(2)
+    assert [run.round for run in queue] == sorted(run.round for run in queue)
+
+
+def test_a_recipe_is_chosen_only_when_it_stands_out() -> None:
+    """The plain recipe stays unless another is a standard error above it and forgets no more than it may."""
+    plain = site_recipe.Compared("base", 0.0, 6, 0.030, 0.010, -0.005)
+    better = dataclasses.replace(plain, recipe="gentle", gain=0.050)
+    assert site_recipe.chosen([better, plain]) == better
+    for each in ({"error": 0.03}, {"error": None}, {"home": -0.02}):
+        assert site_recipe.chosen([dataclasses.replace(better, **each), plain]) == plain

@@ -44,6 +44,34 @@ def test_a_killed_run_ends_as_if_it_had_not_been(root: Path, tmp_path: Path) -> 
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
+def test_what_is_held_changes_less(root: Path, tmp_path: Path) -> None:
+    """An anchor that holds everything lets nothing move; one that holds a part lets all move less."""
+    start = train_reader.train(root, tmp_path / "start", toys.settings(steps=2))
+    before = checkpoint.part(checkpoint.read(start)[0], "average.")
+
+    def after(name: str, **changes: object) -> dict[str, torch.Tensor]:
+        path = train_reader.train(root, tmp_path / name, toys.settings(steps=2, **changes), start=start)
+        return checkpoint.part(checkpoint.read(path)[0], "reader.")
+
+    def way(weights: dict[str, torch.Tensor]) -> float:
+        return sum(float((weights[name] - before[name]).norm()) for name in before)
+
+    assert 0 < way(after("part", anchor=0.5)) < way(after("free"))
+    held = after("held", anchor=1.0)
+    assert all(torch.equal(before[name], held[name]) for name in before)
+
+
+def test_a_run_from_before_a_setting_goes_on(root: Path, tmp_path: Path) -> None:
+    """A setting that did not exist when a run began was at its default: the run goes on."""
+    path = train_reader.train(root, tmp_path / "run", toys.settings(steps=2))
+    tensors, notes = checkpoint.read(path)
+    del notes["settings"]["anchor"]
+    checkpoint.write(path, tensors, notes)
+    train_reader.train(root, tmp_path / "run", toys.settings(steps=2))
+    with pytest.raises(Misconfigured, match="anchor"):
+        train_reader.train(root, tmp_path / "run", toys.settings(steps=2, anchor=0.1))
+
+
 def test_other_settings_are_not_mixed_into_a_run(root: Path, tmp_path: Path) -> None:
     """A folder that holds a run with other settings is refused, naming the setting."""
     train_reader.train(root, tmp_path / "run", toys.settings(steps=2))

@@ -88,6 +88,24 @@ def test_a_scanner_changes(clinic: Clinic) -> None:
     assert audit.verify(clinic.database).sound
 
 
+def test_an_alarm_asks_until_it_was_answered(clinic: Clinic) -> None:
+    """An alarm asks for adaptation until something was learnt after it; a site may switch the asking off."""
+    clinic.begins()
+    clinic.reads(40, "Acme One", gain=1.2)
+    assert clinic.drift.asked(BUNDLE, None) is None
+    clinic.drift.raise_alarms(BUNDLE)
+    for learnt in (None, clinic.now - timedelta(days=1)):
+        alarm = clinic.drift.asked(BUNDLE, learnt)
+        assert alarm is not None and alarm.week == "2026-03-09"
+    assert clinic.drift.asked(BUNDLE, clinic.now + timedelta(hours=1)) is None
+    assert clinic.drift.asked(OTHER, None) is None
+    quiet = Drift(clinic.database, Limits(), 120, lambda: clinic.now, asks=False)
+    assert quiet.alarms(BUNDLE) and quiet.asked(BUNDLE, None) is None
+    with clinic.database.reading() as session:
+        details = session.execute(sa.text("SELECT detail FROM act WHERE kind = 'drift alarm'")).scalars()
+        assert all('"asks for": "adaptation"' in str(each).replace('":"', '": "') for each in details)
+
+
 def test_a_new_scanner(clinic: Clinic) -> None:
     """A scanner that the reference does not know is compared with all that it knows."""
     clinic.begins()

@@ -87,12 +87,17 @@ class Room:
             begin_shadow=lambda digest, who: self.shelf.to_shadow(digest, person=who),
             end_shadow=lambda digest, who: self.shelf.end_shadow(digest, person=who),
             withdraw=lambda digest, who, why: self.shelf.withdraw(digest, person=who, reason=why),
+            wish=self.wish,
         )
 
     def _live(self) -> web.LiveBundle:
         opened = self.shelf.live()
         card = opened.files[bundle.CARD].decode()
         return web.LiveBundle(opened.name, "CPUExecutionProvider", "2026-01-02", card, opened.manifest.figures)
+
+    def wish(self, live: str) -> str:
+        alarm = self.drift.asked(live, None)
+        return f"Adaptation is asked for by drift of {alarm.device}." if alarm else ""
 
     # -- verbs
 

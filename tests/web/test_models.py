@@ -89,6 +89,11 @@ def test_the_api_says_what_the_page_says(address: str, practice: Practice, room:
     assert ("drift alarm", "watch") in practice.acts("drift alarm")
 
 
+def test_the_page_says_that_drift_asks(room: Room, staff: dict[str, Browser]) -> None:
+    """Beside an alarm the page of models says that adaptation is asked for."""
+    assert "Adaptation is asked for by drift of" in staff["phil"].get("/models").text
+
+
 @pytest.mark.program
 def test_promote_and_roll_back(chromium: Any, address: str, practice: Practice, room: Room) -> None:
     """A physicist sees how it did in shadow, promotes with the passphrase, and rolls back; each is one act."""

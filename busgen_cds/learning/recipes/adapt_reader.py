@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from scipy import optimize
 from torch import Tensor, nn
 
-from busgen_cds.learning import checkpoint, data
+from busgen_cds.learning import augment, checkpoint, data
 from busgen_cds.learning.reader import MALIGNANCY, Evidence, Reader, Shape, attend, up
 from busgen_cds.learning.recipes import train_reader
 
@@ -45,6 +45,9 @@ class Settings:
     average: float = 0.95
     generated: float = 0.5  # of every batch, where there are generated images
     kept: float = 0.0  # share of the weights before
+    still: int = 0  # blocks of the encoder that learn nothing
+    anchor: float = 0.0  # of the way back to the weights before, after every step
+    strength: float = 1.0  # of the augmentation
     seed: int = 0
     threads: int = 1
 
@@ -145,7 +148,10 @@ def recipe(sources: Sequence[str], settings: Settings, generated: bool, shape: S
         save_every=max(1, settings.steps // 4),
         threads=settings.threads,
         generated=settings.generated if generated else 0.0,
+        still=settings.still,
+        anchor=settings.anchor,
         shape=shape,
+        strength=augment.Strength().scaled(settings.strength),
     )
 
 

@@ -5,8 +5,12 @@
 Rules:
 - Every stage may be begun again at any time: what it left behind is whole or is made anew, and the same every time.
 - The site's test patients are looked at by the judge alone; a quarter of the teaching patients calibrates.
+- Half of the teaching patients, these among them, are held back from the generator, as the strangers of its privacy
+  audit; where they are too few for one, no generator is adapted. Images that the audit does not find clean are removed
+  before a reader is trained. The report says either.
 - A site without a generator adapts its reader without generated images of its own; the report says so.
-- The release's images take part in training and calibration; those of them that judge are never among these.
+- The release's images take part in training and calibration where generated images have a share of the lessons; those
+  of them that judge are never among these.
 """
 
 from __future__ import annotations
@@ -34,9 +38,10 @@ from busgen_cds.learning.judge import Evidence, Material, Read, Rules, Verdict
 from busgen_cds.learning.recipes import adapt_reader, audit, fewshot, make_bundle, synthesise, value
 
 SITE = "site"
-CASES, ADAPTER, IMAGES, PRIVACY = "cases", "adapter", "images", "privacy.json"
+CASES, SHOTS, ADAPTER, IMAGES, PRIVACY = "cases", "shots", "adapter", "images", "privacy.json"
 MEMBERS, LESSONS, CANDIDATE, VERDICT, SKIPPED = "members", "lessons", "candidate", "verdict.json", "skipped.json"
 VAL_SHARE = 4  # one teaching patient in so many calibrates
+GENERATOR_SHARE = 2  # one teaching patient in so many is held back from the generator: all who calibrate are among them
 JUDGING = 3  # one release image in so many judges, where no real test set is at hand
 
 
@@ -44,12 +49,16 @@ JUDGING = 3  # one release image in so many judges, where no real test set is at
 class Settings:
     start: tuple[Path, ...]  # members of the live reader, to go on from
     release: Path | None = None  # folder of the release's generated images, with labels
+    release_name: str = ""  # what the report calls it
     data: Path | None = None  # the real data that the release was trained on, where a site has them
     generator: Path | None = None
     init: Path | None = None  # ImageNet encoder, a second embedding for the audit
     reader: adapt_reader.Settings = field(default_factory=adapt_reader.Settings)
     adapter: fewshot.Settings = field(default_factory=fewshot.Settings)
     generated: int = 200
+    strangers: int = (
+        20  # patients with a lesion to hold back from it; with fewer, one member in twenty outdoes them all
+    )
     audit: audit.Settings = field(default_factory=audit.Settings)
     rules: Rules = field(default_factory=Rules)
     sweeps: int = 20
@@ -63,17 +72,34 @@ class Settings:
 def adapt_generator(run: Path, settings: Settings) -> str:
     """LoRA on the site's own images; says why not, where it is not done."""
     if settings.generator is None:
-        return _skip(run, "no generator is at hand: the reader learns from the cases and the release's images")
+        return _skip(run, "no generator is at hand")
+    if not settings.reader.generated:
+        return _skip(run, "the generator was not adapted: generated images have no share of the lessons")
     if (run / ADAPTER / ADAPTER_FILE).exists():
         return ""
-    rows = [r for r in data.read_manifest(run / CASES) if r.split == "train" and r.pathology != "normal"]
-    shots = min(len(rows), fewshot.MOST)
+    shots, strangers = _sides(run)
+    if (patients := len({row.patient for row in strangers})) < settings.strangers:
+        return _skip(
+            run,
+            f"the generator was not adapted: {patients} teaching patients with a lesion can be held back from it, and"
+            f" its privacy audit takes {settings.strangers} to compare with",
+        )
+    _manifest(run / SHOTS, [value.moved(row, run / CASES) for row in shots])
+    _manifest(run / SHOTS / "and strangers", [value.moved(row, run / CASES) for row in (*shots, *strangers)])
+    how = dataclasses.replace(settings.adapter, shots=min(len(shots), fewshot.MOST))
+    torch.set_num_threads(settings.threads)
     try:
-        how = dataclasses.replace(settings.adapter, shots=shots)
-        fewshot.adapt(Generator.load(settings.generator), run / CASES, _task(), run / ADAPTER, how)
+        fewshot.adapt(Generator.load(settings.generator), run / SHOTS, _task(), run / ADAPTER, how)
     except Misconfigured as why:
         return _skip(run, f"the generator was not adapted: {why}")
     return ""
+
+
+def _sides(run: Path) -> tuple[list[data.Row], list[data.Row]]:
+    """Teaching cases with a lesion: those the generator may learn from, and those of the patients held back from it."""
+    teaching = [row for row in data.read_manifest(run / CASES) if row.split == "train"]
+    held, lesions = _one_in(GENERATOR_SHARE, teaching), [row for row in teaching if row.lesion]
+    return [r for r in lesions if r.patient not in held], [r for r in lesions if r.patient in held]
 
 
 def _task() -> fewshot.Source:
@@ -94,37 +120,44 @@ def generate(run: Path, settings: Settings) -> str:
         filtered=gate.exists(),
         shard=32,
     )
+    torch.set_num_threads(settings.threads)
     makes = Generator.load(settings.generator, adapter=run / ADAPTER / ADAPTER_FILE)
     synthesise.generate(makes, run / IMAGES, how, release.load(gate) if gate.exists() else None)
     return ""
 
 
 def audit_privacy(run: Path, settings: Settings) -> str:
-    """Why the generated images may not be used; empty: they may, or there are none."""
+    """Why the generated images may not be used: then none is. Empty: they may, or there are none."""
     if settings.generator is None or _skipped(run):
         return ""
     if not (run / PRIVACY).exists():
+        torch.set_num_threads(settings.threads)
         makes = Generator.load(settings.generator, adapter=run / ADAPTER / ADAPTER_FILE)
-        rows = data.read_manifest(run / CASES)
-        shots = fewshot.choose(rows, _task(), min(fewshot.MOST, len(_teachers(rows))), settings.adapter.seed)
-        try:
-            found = audit.audit(
-                makes, "the site's adapter", run / CASES, run / IMAGES, embed.at_hand(makes.coder, settings.init, None),
-                settings.audit, None, shots,
-            )  # fmt: skip
-        except Misconfigured as why:  # every patient taught the adapter: nobody is left to compare with
-            return f"the privacy audit concludes nothing: {why}"
+        rows = data.read_manifest(run / SHOTS)
+        shots = fewshot.choose(rows, _task(), min(fewshot.MOST, len(rows)), settings.adapter.seed)
+        found = audit.audit(
+            makes, "the site's adapter", run / SHOTS / "and strangers", run / IMAGES,
+            embed.at_hand(makes.coder, settings.init, None), settings.audit, None, shots,
+        )  # fmt: skip
         _write(run / PRIVACY, found.to_json())
+    if why := _unclean(run):
+        for folder in (run / IMAGES, run / ADAPTER):
+            shutil.rmtree(folder, ignore_errors=True)
+        return _skip(run, f"the generator's images took no part: {why}")
+    return ""
+
+
+def _unclean(run: Path) -> str:
+    """What the privacy report does not find clean; without a report nothing is."""
+    if not (run / PRIVACY).exists():
+        return "the generated images were not audited"
     report = json.loads((run / PRIVACY).read_text(encoding="utf-8"))
-    failed = [f["attack"] for f in report["findings"] if f["verdict"] == "fails"]
-    open_ = [f["attack"] for f in report["findings"] if f["verdict"] == "concludes nothing"]
-    if failed:
-        return f"the privacy audit fails: {', '.join(failed)}"
-    return f"the privacy audit concludes nothing: {', '.join(open_)}" if open_ else ""
-
-
-def _teachers(rows: Sequence[data.Row]) -> list[data.Row]:
-    return [r for r in rows if r.split == "train" and r.pathology != "normal"]
+    if not report["findings"]:
+        return "the privacy audit looked at nothing"
+    for verdict in ("fails", "concludes nothing"):
+        if attacks := [f["attack"] for f in report["findings"] if f["verdict"] == verdict]:
+            return f"the privacy audit {verdict}: {', '.join(attacks)}"
+    return ""
 
 
 def _skip(run: Path, reason: str) -> str:
@@ -160,9 +193,10 @@ def assemble(run: Path, settings: Settings) -> Path:
     shutil.rmtree(root, ignore_errors=True)
     made = [value.moved(r, run / IMAGES) for r in data.read_manifest(run / IMAGES)] if _any(run / IMAGES) else []
     rows = [r for r in data.read_manifest(run / CASES) if r.split == "train"]
-    held = _calibrating(rows)
+    held = _one_in(VAL_SHARE, rows)
     ours = [value.moved(r, run / CASES) | {"split": "val" if r.patient in held else "train"} for r in rows]
-    known = [] if settings.release is None else _lessons_of(settings.release, settings.data is not None)
+    replays = settings.reader.generated > 0
+    known = _lessons_of(settings.release, settings.data is not None) if settings.release and replays else []
     known = [r for r in known if r["split"] == "train"]
     replayed = [r | {"source": data.GENERATED} for r in (*made, *(r for r in known if not _calibrates(r)))]
     _manifest(root / "replay", replayed)
@@ -177,22 +211,23 @@ def _calibrates(record: Mapping[str, str]) -> bool:
     return data.fold_of(record["image"].rpartition("/")[2], VAL_SHARE) == 0
 
 
-def _judges(row: data.Row) -> bool:
+def judges(row: data.Row) -> bool:
+    """Whether this image of the release judges, where no real test set is at hand."""
     return data.fold_of(f"judge {row.image}", JUDGING) == 0
 
 
-def _calibrating(rows: Sequence[data.Row]) -> set[str]:
-    """One teaching patient in so many, among those with a cancer and among the others."""
+def _one_in(share: int, rows: Sequence[data.Row]) -> set[str]:
+    """One patient in so many, among those with a cancer and among the others."""
     malignant = {row.patient for row in rows if row.malignant}
     sides = (malignant, {row.patient for row in rows} - malignant)
     ordered = [sorted(side, key=lambda name: signing.digest(name.encode())) for side in sides]
-    return {name for side in ordered for name in side[VAL_SHARE - 1 :: VAL_SHARE]}
+    return {name for side in ordered for name in side[share - 1 :: share]}
 
 
 def _lessons_of(folder: Path, all_of_them: bool) -> list[dict[str, str]]:
     """The release's images that do not judge."""
     rows = data.read_manifest(folder)
-    return [value.moved(r, folder.resolve()) for r in rows if all_of_them or not _judges(r)]
+    return [value.moved(r, folder.resolve()) for r in rows if all_of_them or not judges(r)]
 
 
 def _any(folder: Path) -> bool:
@@ -258,8 +293,11 @@ def verdict(run: Path, settings: Settings, live: Bundle) -> Verdict:
         made = read_candidate(run)
         assert made is not None
         found = judge.judge(evidence(run, settings, live, made), settings.rules)
-        note = [{"title": "The generator", "rows": [[_skipped(run) or "adapted; its images took part"]]}]
-        _write(path, json.dumps({"reasons": found.reasons, "tables": [*found.tables, *note]}))
+        notes = [
+            {"title": "The release set", "rows": [[_which(settings)]]},
+            {"title": "The generator", "rows": [[_skipped(run) or "adapted; its images took part"]]},
+        ]
+        _write(path, json.dumps({"reasons": found.reasons, "tables": [*found.tables, *notes]}))
     document = json.loads(path.read_text(encoding="utf-8"))
     return Verdict(tuple(document["reasons"]), tuple(document["tables"]))
 
@@ -271,13 +309,11 @@ def evidence(run: Path, settings: Settings, live: Bundle, made: Candidate) -> Ev
     taught = data.load(run / CASES, [r for r in rows if r.split == "train"])
     sets = tuple(_read(name, images, readers) for name, images in _release_sets(settings))
     return Evidence(
-        _read("the site's test patients", test, readers), sets, _material(taught, readers[0]), _privacy(run)
+        _read("the site's test patients", test, readers),
+        sets,
+        _material(taught, readers[0]),
+        _unclean(run) if _any(run / IMAGES) else "",
     )
-
-
-def _privacy(run: Path) -> str:
-    """What the stage before found; it is not asked again."""
-    return audit_privacy(run, Settings((), generator=Path())) if (run / PRIVACY).exists() else ""
 
 
 def _release_sets(settings: Settings) -> list[tuple[str, data.Images]]:
@@ -287,10 +323,18 @@ def _release_sets(settings: Settings) -> list[tuple[str, data.Images]]:
         found.append(("the release's real test split (BUS-BRA)", data.load(settings.data, rows)))
     if settings.release is not None:
         rows = data.read_manifest(settings.release)
-        judging = [r for r in rows if _judges(r)] if settings.data is None else []
+        judging = [r for r in rows if judges(r)] if settings.data is None else []
         if judging:
             found.append(("the release's synthetic images", data.load(settings.release, judging)))
     return found
+
+
+def _which(settings: Settings) -> str:
+    """Which locked set judged, in words."""
+    if settings.data is not None:
+        replayed = settings.release_name if settings.reader.generated else "nothing"
+        return f"the test split of the real data in {settings.data}; replayed: {replayed}"
+    return f"generated images, no real ones: {settings.release_name or settings.release}"
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,7 @@ class Settings:
     half: bool = True  # bfloat16 arithmetic, float32 weights
     threads: int = 0  # 0: as many as torch likes
     generated: float = 0.0  # share of every batch that a generator made
+    anchor: float = 0.0  # of the way back to the weights before, after every step
     fold: tuple[int, int] | None = None  # (k, n): fold k of n is left out of BUS-BRA's patients
     shape: Shape = field(default_factory=Shape)
     strength: augment.Strength = field(default_factory=augment.Strength)
@@ -128,6 +129,8 @@ def train(
         reader.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         average.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         optimiser = _optimiser(reader, settings)
+        # L2-SP (Li et al., ICML 2018): what few images teach is held to the weights before
+        before = [p.detach().clone() for p in reader.parameters()] if settings.anchor else []
 
         # Restore.
         path = out / CHECKPOINT
@@ -149,6 +152,9 @@ def train(
                 group["lr"] = group["peak"] * _pace(step, settings)
             batch = make_batch(images, targets, weights, marks, settings, step, rank, world)
             loss = _step(network, reader, average, optimiser, batch, settings, step, device)
+            if before:
+                with torch.no_grad():
+                    torch._foreach_lerp_(list(reader.parameters()), before, settings.anchor)
             seen += settings.batch
     return path
 
@@ -341,8 +347,10 @@ def _restore(path: Path, reader: Reader, average: Reader, optimiser: torch.optim
     if not path.exists():
         return 0
     tensors, notes = checkpoint.read(path)
-    if notes["settings"] != describe(settings):
-        changed = [k for k, v in describe(settings).items() if notes["settings"].get(k) != v]
+    asked = describe(settings)
+    known = {**describe(Settings()), **notes["settings"]}  # a setting that did not exist yet was at its default
+    changed = [k for k, v in asked.items() if known[k] != v]
+    if changed:
         raise Misconfigured(f"{path} was trained with other settings ({', '.join(changed)}): choose another folder.")
     reader.load_state_dict(checkpoint.part(tensors, "reader."))
     average.load_state_dict(checkpoint.part(tensors, "average."))
