@@ -295,7 +295,8 @@ class Hospital:
         parked = {job.study_ref for job in jobs.all("parked")}
         unread = [ref for ref in results.unread(settled_before=self.clock() + timedelta(days=1)) if ref not in parked]
         waiting = [f"reading {job.study_ref}" for job in jobs.all("waiting")]
-        return [f"unread {ref}" for ref in unread] + waiting + [f"to {d.destination}" for d in results.undelivered()]
+        waiting += [f"to {each.destination}" for each in results.deliveries.under_way()]
+        return [f"unread {ref}" for ref in unread] + waiting
 
     def ref(self, study_uid: str) -> str:
         found = self.site.inbox.find_study(study_uid)
@@ -319,7 +320,7 @@ class Hospital:
         ref = self.ref(study_uid)
         job = self.site.jobs.of(ref)
         reasons = [job.reason] if job and job.state == "parked" else []
-        reasons += [each.reason for each in self.site.results.parked() if each.study_ref == ref]
+        reasons += [each.reason for each in self.site.results.deliveries.parked() if each.study_ref == ref]
         return " ".join(reasons)
 
     def acts(self, kind: str) -> int:

@@ -21,9 +21,10 @@ from dbos import DBOS, DBOSClient, DebouncerClient, Serializer
 
 from busgen_cds.dicom.commitment import Commitment
 from busgen_cds.flows.services import Waits
+from busgen_cds.store.deliveries import Delivery
 from busgen_cds.store.inbox import Inbox
 from busgen_cds.store.jobs import Job, Jobs
-from busgen_cds.store.results import Delivery, Results
+from busgen_cds.store.results import Results
 from busgen_cds.study import Patient
 
 APPLICATION = "busgen-cds"
@@ -71,6 +72,7 @@ def prepare(url: str) -> None:
 class Desk:
     def __init__(self, url: str, results: Results, jobs: Jobs, waits: Waits) -> None:
         self._url, self.results, self.jobs, self.waits = url, results, jobs, waits
+        self.deliveries = results.deliveries
         self._client: DBOSClient | None = None
         self._opening = threading.Lock()
 
@@ -168,10 +170,12 @@ class Desk:
         if status in _ACTIVE:
             return "under way"
         if status == _GAVE_UP:
-            self.results.move(delivery, "parked", reason="Delivering it ended the worker again and again: then retry.")
+            self.deliveries.move(
+                delivery, "parked", reason="Delivering it ended the worker again and again: then retry."
+            )
             return "parked"
-        if self.results.move(delivery, delivery.state, reason=delivery.reason, next_try_at=delivery.next_try_at):
-            moved = self.results.delivery(delivery.ref)
+        if self.deliveries.move(delivery, delivery.state, reason=delivery.reason, next_try_at=delivery.next_try_at):
+            moved = self.deliveries.get(delivery.ref)
             return self.deliver(moved, after_seconds=after_seconds) if moved else "gone"
         return "overtaken"
 
@@ -181,12 +185,12 @@ class Desk:
 
     def committed(self, word: Commitment) -> None:
         """A PACS's word on what it got from us, heard on an association of its own."""
-        asked = self.results.by_transaction(word.transaction_uid)
+        asked = self.deliveries.by_transaction(word.transaction_uid)
         if asked is None:
             return
         wait = self.waits.retry(asked.tries)
         again_at = datetime.now(UTC) + timedelta(seconds=wait)
-        delivery = self.results.heard(word.transaction_uid, word.kept, word.failed, again_at=again_at)
+        delivery = self.deliveries.heard(word.transaction_uid, word.kept, word.failed, again_at=again_at)
         if delivery is not None and delivery.state == "waiting":
             self.deliver(delivery, after_seconds=wait)
 
@@ -202,7 +206,7 @@ class Desk:
         elif study_ref in self.results.unread(settled_before=datetime.now(UTC)) and self.jobs.of(study_ref) is None:
             self.arrived(study_ref, 0.0)
             taken.append("reading")
-        for delivery in self.results.retry(study_ref, who=who):
+        for delivery in self.deliveries.retry(study_ref, who=who):
             self.deliver(delivery)
             taken.append(f"delivery to {delivery.destination}")
         return taken
@@ -211,7 +215,7 @@ class Desk:
         """Let a held study go on: it is read if it was not, and what waits for it is sent. With the images of two
         patients under it, as the study of the one who is stated."""
         inbox.release(study_ref, who, patient)
-        for delivery in self.results.retry(study_ref, who=who):
+        for delivery in self.deliveries.retry(study_ref, who=who):
             self.deliver(delivery)
         self.arrived(study_ref, 0.0)
 
@@ -221,7 +225,7 @@ class Desk:
 
     def resend(self, result_ref: str, *, who: str, destination: str | None = None) -> list[str]:
         """Send a result's objects again, byte for byte."""
-        deliveries = self.results.resend(result_ref, who=who, destination=destination)
+        deliveries = self.deliveries.resend(result_ref, who=who, destination=destination)
         for delivery in deliveries:
             self.deliver(delivery)
         return [delivery.destination for delivery in deliveries]

@@ -103,7 +103,7 @@ def _deliveries(results: Results) -> list[Item]:
             each.tries,
             None if each.state == "parked" else each.next_try_at,
         )
-        for each in (*results.parked(), *results.undelivered())
+        for each in (*results.deliveries.parked(), *results.deliveries.under_way())
     ]
 
 
@@ -119,7 +119,7 @@ def _objects(results: Results) -> list[Item]:
             "retry",
             each.destination,
         )
-        for delivery, each in results.refused()
+        for delivery, each in results.deliveries.refused()
     ]
 
 

@@ -21,8 +21,9 @@ from busgen_cds.flows import desk as desks
 from busgen_cds.flows.desk import Desk
 from busgen_cds.flows.services import Services, failed, in_use, log
 from busgen_cds.result import Answer, Declined, Rendered, Result
+from busgen_cds.store.deliveries import Addressee
 from busgen_cds.store.inbox import Instance, Stated
-from busgen_cds.store.results import Addressee, Previous, Results
+from busgen_cds.store.results import Previous, Results
 from busgen_cds.study import Held, NotForUs, Study, evidence_digest
 
 RECALLED = "a second patient id came under this study after it was answered: the results sent are recalled"
@@ -247,7 +248,7 @@ def _answer_failure(services: Services, study_ref: str, digest: str, attempt: in
 def _ask_for_delivery(study_ref: str) -> int:
     results = in_use().results
     current = results.current(study_ref)
-    waiting = [each for each in results.deliveries(current.ref) if each.state == "waiting"] if current else []
+    waiting = [each for each in results.deliveries.of(current.ref) if each.state == "waiting"] if current else []
     try:
         for delivery in waiting:
             desk_in_use().deliver(delivery)

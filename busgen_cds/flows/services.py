@@ -21,9 +21,10 @@ from busgen_cds.dicom.outbox import Node
 from busgen_cds.errors import Misconfigured, Shredded, Transient, Untrusted
 from busgen_cds.flows.watch import Watch
 from busgen_cds.result import Kind, Rendered, Result
+from busgen_cds.store.deliveries import Addressee, Deliveries
 from busgen_cds.store.inbox import Inbox
 from busgen_cds.store.jobs import Jobs
-from busgen_cds.store.results import Addressee, Previous, Results
+from busgen_cds.store.results import Previous, Results
 from busgen_cds.study import Held, NotForUs, Patient, Study
 
 log = logging.getLogger("busgen_cds.flows")
@@ -86,6 +87,10 @@ class Services:
     query_node: Node | None = None
     waits: Waits = field(default_factory=Waits)
     clock: Callable[[], datetime] = lambda: datetime.now(UTC)
+
+    @property
+    def deliveries(self) -> Deliveries:
+        return self.results.deliveries
 
     def destination(self, name: str) -> Destination:
         for each in self.destinations:

@@ -139,7 +139,7 @@ class Worker:
 
     def _sweep_deliveries(self) -> int:
         overdue = self.stations.clock() - timedelta(seconds=self.stations.waits.sweep / 3)
-        due = self.stations.results.undelivered(due_before=overdue)
+        due = self.stations.deliveries.under_way(due_before=overdue)
         return sum(self.desk.deliver(delivery) == "asked" for delivery in due)
 
     def _follow(self) -> None:

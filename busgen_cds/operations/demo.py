@@ -98,7 +98,7 @@ def _answer(site: Site, pacs: Path, tell: Console) -> int:
     began = time.monotonic()
     while time.monotonic() - began < PATIENCE:
         entries = site.results.listing(limit=1)
-        if entries and all(each.state == "done" for each in site.results.deliveries(entries[0].ref)):
+        if entries and all(each.state == "done" for each in site.results.deliveries.of(entries[0].ref)):
             document = documents.result(site, entries[0].ref)
             tell.print(f"[bold]4[/]  The PACS has the answer, {time.monotonic() - began:.1f} s after the last image:")
             _show(document, sorted(pacs.glob("*.dcm")), tell)

@@ -30,7 +30,7 @@ from busgen_cds.result import BundleName
 from busgen_cds.store import audit
 from busgen_cds.store.database import Base, Blind, Database, Sealed, UtcTime, table_of
 from busgen_cds.store.inbox import StudyTable
-from busgen_cds.store.results import ResultTable
+from busgen_cds.store.result_tables import ResultTable
 from busgen_cds.store.vault import Vault
 
 Part = Literal["teach", "test"]

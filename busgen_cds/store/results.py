@@ -1,4 +1,4 @@
-"""What was said about each study, the objects that say it, and how far each object has got.
+"""What was said about each study, and the objects that say it; how far they got is told by its `deliveries`.
 
 Rules:
 - A result, its objects, its deliveries and its act are kept in one transaction, or not at all.
@@ -11,135 +11,35 @@ Rules:
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import json
 import secrets
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
-import numpy as np
 import sqlalchemy as sa
-from sqlalchemy.orm import Mapped, Session, mapped_column
+from sqlalchemy.orm import Session
 
 from busgen_cds import signing
 from busgen_cds.birads import Category
-from busgen_cds.errors import Misconfigured, Shredded, Transient, Untrusted
-from busgen_cds.result import Assessed, BundleName, Declined, Finding, HeatMap, Kind, Rendered, Result, triage
+from busgen_cds.errors import Shredded, Transient, Untrusted
+from busgen_cds.result import Assessed, Rendered, Result, triage
 from busgen_cds.store import audit
-from busgen_cds.store.database import Base, Blind, Database, Sealed, UtcTime
+from busgen_cds.store.database import Base, Database
+from busgen_cds.store.deliveries import Addressee, Delivered, Deliveries, Delivery
 from busgen_cds.store.inbox import InstanceTable, StudyTable
+from busgen_cds.store.result_document import from_document, outcome_of, to_document
+from busgen_cds.store.result_tables import ALARMING, DeliveredTable, Outcome, RenderedTable, ResultTable
 from busgen_cds.store.vault import Vault
-from busgen_cds.study import NotAnalysed, NotForUs, Region, Source
+from busgen_cds.study import NotForUs
 
-Outcome = Literal["assessed", "declined", "not-for-us"]
 NOT_FOR_US = 0  # its place in triage: nobody waits for it
-# A delivery: one result, one destination.
-DeliveryState = Literal["waiting", "asked", "done", "parked", "withdrawn"]
-# An object at a destination. `sent`: the PACS said success; `confirmed`: it also committed to keep it.
-ObjectState = Literal["waiting", "sent", "confirmed", "refused"]
-
-
-_ALARMING = sa.text("current AND alarm <> ''")
-
-
-class ResultTable(Base):
-    __tablename__ = "result"
-    __table_args__ = (
-        sa.UniqueConstraint("study_ref", "revision"),
-        sa.Index("ix_result_current", "current", "made_at"),
-        sa.Index("ix_result_triage", "current", "triage", "made_at"),
-        sa.Index("ix_result_alarm", "made_at", sqlite_where=_ALARMING, postgresql_where=_ALARMING),
-        sa.Index(
-            "uq_result_current",
-            "study_ref",
-            unique=True,
-            sqlite_where=sa.text("current"),
-            postgresql_where=sa.text("current"),
-        ),
-    )
-
-    ref: Mapped[str] = mapped_column(sa.String(32), primary_key=True)
-    study_ref: Mapped[str] = mapped_column(sa.ForeignKey("study.ref"))
-    revision: Mapped[int]
-    evidence_digest: Mapped[str] = mapped_column(sa.String(64))
-    bundle_digest: Mapped[str] = mapped_column(sa.String(64))
-    instances: Mapped[int]  # how many it was read from
-    outcome: Mapped[str] = mapped_column(sa.String(16))
-    reason: Mapped[str] = mapped_column(sa.Text)
-    birads: Mapped[str | None] = mapped_column(sa.String(2))
-    probability: Mapped[float | None]
-    triage: Mapped[int]
-    images_read: Mapped[int]
-    made_at: Mapped[datetime] = mapped_column(UtcTime)
-    current: Mapped[bool]
-    supersedes: Mapped[str | None] = mapped_column(sa.String(32))
-    alarm: Mapped[str] = mapped_column(sa.Text)
-    accession_blind: Mapped[str] = mapped_column(Blind(of="accession"), index=True)
-    accession: Mapped[bytes | None] = mapped_column(Sealed)
-    document: Mapped[bytes] = mapped_column(sa.LargeBinary)  # under the study's key
-
-
-class RenderedTable(Base):
-    __tablename__ = "rendered"
-
-    ref: Mapped[str] = mapped_column(sa.String(32), primary_key=True)
-    result_ref: Mapped[str] = mapped_column(sa.ForeignKey("result.ref"), index=True)
-    number: Mapped[int]  # in the order rendered
-    kind: Mapped[str] = mapped_column(sa.String(4))
-    sop_class_uid: Mapped[str] = mapped_column(sa.String(64))
-    sop_instance_uid: Mapped[str] = mapped_column(sa.String(64), unique=True)  # made by us; names nobody
-    series_instance_uid: Mapped[str] = mapped_column(sa.String(64))
-    transfer_syntax_uid: Mapped[str] = mapped_column(sa.String(64))
-    sha256: Mapped[str] = mapped_column(sa.String(64))
-    data: Mapped[bytes] = mapped_column(sa.LargeBinary)  # under the study's key
-
-
-class DeliveryTable(Base):
-    __tablename__ = "delivery"
-    __table_args__ = (
-        sa.UniqueConstraint("result_ref", "destination"),
-        sa.Index("ix_delivery_state", "state", "destination", "next_try_at"),
-    )
-
-    ref: Mapped[str] = mapped_column(sa.String(32), primary_key=True)
-    result_ref: Mapped[str] = mapped_column(sa.ForeignKey("result.ref"))
-    study_ref: Mapped[str] = mapped_column(sa.String(32), index=True)
-    destination: Mapped[str] = mapped_column(sa.String(64))
-    state: Mapped[str] = mapped_column(sa.String(16))
-    since: Mapped[datetime] = mapped_column(UtcTime)
-    tries: Mapped[int]
-    next_try_at: Mapped[datetime] = mapped_column(UtcTime)
-    reason: Mapped[str] = mapped_column(sa.Text)
-    transaction_uid: Mapped[str] = mapped_column(sa.String(64), index=True)
-
-
-class CommitmentTable(Base):
-    """Every request for storage commitment: a PACS may answer an early one after a later one was made."""
-
-    __tablename__ = "commitment"
-
-    transaction_uid: Mapped[str] = mapped_column(sa.String(64), primary_key=True)
-    delivery_ref: Mapped[str] = mapped_column(sa.ForeignKey("delivery.ref"), index=True)
-
-
-class DeliveredTable(Base):
-    __tablename__ = "delivered"
-    __table_args__ = (sa.Index("ix_delivered_state", "state", "delivery_ref"),)
-
-    delivery_ref: Mapped[str] = mapped_column(sa.ForeignKey("delivery.ref"), primary_key=True)
-    rendered_ref: Mapped[str] = mapped_column(sa.ForeignKey("rendered.ref"), primary_key=True)
-    state: Mapped[str] = mapped_column(sa.String(16))
-    reason: Mapped[str] = mapped_column(sa.Text)
-    at: Mapped[datetime] = mapped_column(UtcTime)
-
 
 _tables = Base.metadata.tables
-_results, _rendered = _tables["result"], _tables["rendered"]
-_deliveries, _delivered = _tables["delivery"], _tables["delivered"]
-_commitments = _tables["commitment"]
+_results, _rendered = _tables[ResultTable.__tablename__], _tables[RenderedTable.__tablename__]
+_delivered = _tables[DeliveredTable.__tablename__]
 _studies, _instances = _tables[StudyTable.__tablename__], _tables[InstanceTable.__tablename__]
 
 
@@ -163,57 +63,6 @@ class Entry:
     current: bool
     supersedes: str | None
     alarm: str
-
-
-@dataclass(frozen=True)
-class Addressee:
-    """Who gets which kinds of objects of a result."""
-
-    destination: str
-    kinds: tuple[Kind, ...]
-
-
-@dataclass(frozen=True)
-class Delivery:
-    ref: str
-    result_ref: str
-    study_ref: str
-    destination: str
-    state: DeliveryState
-    since: datetime
-    tries: int
-    next_try_at: datetime
-    reason: str
-    transaction_uid: str = field(repr=False)
-
-
-@dataclass(frozen=True)
-class Delivered:
-    """One object at one destination."""
-
-    rendered_ref: str
-    kind: Kind
-    destination: str
-    sop_class_uid: str
-    sop_instance_uid: str
-    state: ObjectState
-    reason: str
-    at: datetime
-
-
-@dataclass(frozen=True)
-class Stored:
-    """An object at rest: how it is addressed, and its bytes when they are asked for."""
-
-    ref: str
-    sop_class_uid: str
-    sop_instance_uid: str
-    transfer_syntax_uid: str
-    opener: Callable[[str], bytes] = field(repr=False, compare=False)
-
-    @property
-    def data(self) -> bytes:
-        return self.opener(self.ref)
 
 
 @dataclass(frozen=True)
@@ -241,6 +90,7 @@ class Previous:
 class Results:
     def __init__(self, database: Database, vault: Vault, clock: Callable[[], datetime] = lambda: datetime.now(UTC)):
         self._database, self._vault, self._clock = database, vault, clock
+        self.deliveries = Deliveries(database, clock, self._open_one)
 
     # -- keeping -----------------------------------------------------------------------------------------------------
 
@@ -289,8 +139,9 @@ class Results:
             row["document"] = seal.seal(signing.canonical(to_document(answer)), entry.ref.encode())
             session.execute(sa.insert(_results).values(row))
             refs = self._keep_objects(session, entry, rendered, digests, seal)
+            kinds = {ref: each.kind for ref, each in zip(refs, rendered, strict=True)}
             for each in addressees:
-                self._address(session, entry, each, {r: o.kind for r, o in zip(refs, rendered, strict=True)}, now)
+                self.deliveries.address(session, entry.ref, study_ref, each, kinds, now)
             audit.record(session, *_acts_of(entry, refs, digests, recalled), at=now)
             if session_also:
                 session_also(session)
@@ -298,8 +149,7 @@ class Results:
 
     def _supersede(self, session: Session, old: Entry) -> None:
         session.execute(sa.update(_results).where(_results.c.ref == old.ref).values(current=False))
-        unsent = (_deliveries.c.result_ref == old.ref) & _deliveries.c.state.in_(("waiting", "parked"))
-        session.execute(sa.update(_deliveries).where(unsent).values(state="withdrawn", reason="superseded"))
+        self.deliveries.withdraw_unsent(session, old.ref)
 
     def _keep_objects(
         self, session: Session, entry: Entry, objects: Sequence[Rendered], digests: Sequence[str], seal: Vault
@@ -321,30 +171,6 @@ class Results:
                 )
             )
         return refs
-
-    def _address(self, session: Session, entry: Entry, to: Addressee, kinds: Mapping[str, Kind], now: datetime) -> None:
-        wanted = [ref for ref, kind in kinds.items() if kind in to.kinds]
-        if not wanted:
-            return
-        ref = secrets.token_hex(16)
-        session.execute(
-            sa.insert(_deliveries).values(
-                ref=ref,
-                result_ref=entry.ref,
-                study_ref=entry.study_ref,
-                destination=to.destination,
-                state="waiting",
-                since=now,
-                tries=0,
-                next_try_at=now,
-                reason="",
-                transaction_uid="",
-            )
-        )
-        rows = [
-            {"delivery_ref": ref, "rendered_ref": each, "state": "waiting", "reason": "", "at": now} for each in wanted
-        ]
-        session.execute(sa.insert(_delivered), rows)
 
     # -- asking ------------------------------------------------------------------------------------------------------
 
@@ -396,7 +222,7 @@ class Results:
 
     def alarms(self, *, limit: int = 100) -> list[Entry]:
         """Current results that rank lower than the ones they replaced, or that recall them."""
-        query = sa.select(*_ENTRY).where(_ALARMING).order_by(_results.c.made_at.desc()).limit(limit)
+        query = sa.select(*_ENTRY).where(ALARMING).order_by(_results.c.made_at.desc()).limit(limit)
         with self._database.reading() as session:
             return [_entry(row) for row in session.execute(query)]
 
@@ -423,7 +249,7 @@ class Results:
                 return None
             study = session.execute(sa.select(_studies).where(_studies.c.ref == row.study_ref)).one()
             document = self._study_vault(session, row.study_ref).open(row.document, row.ref.encode())
-        deliveries = self.deliveries(result_ref)
+        deliveries = self.deliveries.of(result_ref)
         return Shown(
             _entry(row),
             self._vault.open_text(study.uid),
@@ -431,7 +257,7 @@ class Results:
             from_document(json.loads(document)),
             self.objects(result_ref),
             deliveries,
-            tuple(each for delivery in deliveries for each in self.delivered(delivery.ref)),
+            tuple(each for delivery in deliveries for each in self.deliveries.delivered(delivery.ref)),
         )
 
     def objects(self, result_ref: str) -> tuple[Rendered, ...]:
@@ -492,189 +318,9 @@ class Results:
         with self._database.reading() as session:
             return list(session.execute(query).scalars())
 
-    # -- delivering --------------------------------------------------------------------------------------------------
-
-    def delivery(self, ref: str) -> Delivery | None:
-        with self._database.reading() as session:
-            row = session.execute(sa.select(_deliveries).where(_deliveries.c.ref == ref)).first()
-        return Delivery(**row._mapping) if row else None
-
-    def deliveries(self, result_ref: str) -> tuple[Delivery, ...]:
-        return self._deliveries_where(_deliveries.c.result_ref == result_ref)
-
-    def undelivered(self, *, due_before: datetime | None = None) -> tuple[Delivery, ...]:
-        """What is still on its way."""
-        on_its_way = _deliveries.c.state.in_(("waiting", "asked"))
-        return self._deliveries_where(
-            on_its_way if due_before is None else on_its_way & (_deliveries.c.next_try_at < due_before)
-        )
-
-    def parked(self) -> tuple[Delivery, ...]:
-        """What will not go on without a person."""
-        return self._deliveries_where(_deliveries.c.state == "parked")
-
-    def delivered(self, delivery_ref: str) -> tuple[Delivered, ...]:
-        return self._delivered_where(_delivered.c.delivery_ref == delivery_ref)
-
-    def refused(self) -> tuple[tuple[Delivery, Delivered], ...]:
-        """Objects of current results that a destination will not take."""
-        query = (
-            sa.select(_deliveries)
-            .join(_delivered, _delivered.c.delivery_ref == _deliveries.c.ref)
-            .join(_results, _results.c.ref == _deliveries.c.result_ref)
-            .where(_delivered.c.state == "refused", _results.c.current == sa.true())
-            .distinct()
-        )
-        with self._database.reading() as session:
-            deliveries = [Delivery(**row._mapping) for row in session.execute(query)]
-        return tuple((d, each) for d in deliveries for each in self.delivered(d.ref) if each.state == "refused")
-
-    def to_send(self, delivery_ref: str) -> tuple[Stored, ...]:
-        """What this destination has not been told yet, the report first; each is opened when its turn comes."""
-        waiting = sa.select(_delivered.c.rendered_ref).where(
-            _delivered.c.delivery_ref == delivery_ref, _delivered.c.state == "waiting"
-        )
-        columns = (_rendered.c.ref, _rendered.c.sop_class_uid, _rendered.c.sop_instance_uid)
-        query = sa.select(*columns, _rendered.c.transfer_syntax_uid).where(_rendered.c.ref.in_(waiting))
-        with self._database.reading() as session:
-            return tuple(Stored(*row, self._open_one) for row in session.execute(query.order_by(_rendered.c.number)))
-
-    def _open_one(self, rendered_ref: str) -> bytes:
-        return self._open_objects(sa.select(_rendered).where(_rendered.c.ref == rendered_ref))[0].data
-
-    def only_takes_back(self, delivery_ref: str) -> bool:
-        """Is it a rejection note, and nothing else?"""
-        return {each.kind for each in self.delivered(delivery_ref)} == {"ko"}
-
     def is_current(self, result_ref: str) -> bool:
         with self._database.reading() as session:
             return bool(session.execute(sa.select(_results.c.current).where(_results.c.ref == result_ref)).scalar())
-
-    def said(self, delivery: Delivery, sop_instance_uid: str, state: ObjectState, reason: str = "") -> None:
-        """What a destination said of one object, with its act."""
-        rendered = sa.select(_rendered.c.ref).where(_rendered.c.sop_instance_uid == sop_instance_uid)
-        mine = (_delivered.c.delivery_ref == delivery.ref) & _delivered.c.rendered_ref.in_(rendered)
-        now = self._clock()
-        with self._database.transaction() as session:
-            done = sa.update(_delivered).where(mine, _delivered.c.state != state)
-            if _changed(session, done.values(state=state, reason=reason, at=now)):
-                row = session.execute(
-                    sa.select(_rendered.c.ref, _rendered.c.kind).where(_rendered.c.sop_instance_uid == sop_instance_uid)
-                ).one()
-                detail = {"kind": row.kind, "object": row.ref, "to": delivery.destination, "reason": reason}
-                act = audit.Act(f"object {state}", "delivery", reason, delivery.study_ref, detail)
-                audit.record(session, act, at=now)
-
-    def move(
-        self,
-        delivery: Delivery,
-        state: DeliveryState,
-        *,
-        reason: str = "",
-        next_try_at: datetime | None = None,
-        transaction_uid: str | None = None,
-    ) -> bool:
-        """Take a delivery on from where it was seen; False when somebody else did so before."""
-        values: dict[str, Any] = {"state": state, "reason": reason}
-        if next_try_at is not None:
-            values |= {"next_try_at": next_try_at, "tries": delivery.tries + 1}
-        if transaction_uid is not None:
-            values["transaction_uid"] = transaction_uid
-        as_seen = (_deliveries.c.ref == delivery.ref) & (_deliveries.c.tries == delivery.tries)
-        as_seen &= _deliveries.c.state.not_in(("withdrawn",))
-        with self._database.transaction() as session:
-            moved = _changed(session, sa.update(_deliveries).where(as_seen).values(values))
-            if moved and transaction_uid:
-                asked = {"transaction_uid": transaction_uid, "delivery_ref": delivery.ref}
-                session.execute(sa.insert(_commitments).values(asked))
-            if moved and state == "parked":
-                detail = {"to": delivery.destination}
-                act = audit.Act("delivery parked", "delivery", reason, delivery.study_ref, detail)
-                audit.record(session, act, at=self._clock())
-        return moved
-
-    def hasten(self, destination: str) -> list[Delivery]:
-        """A destination answers again: everything that waits for it may go now."""
-        now = self._clock()
-        waits = (_deliveries.c.destination == destination) & (_deliveries.c.state == "waiting")
-        waits &= _deliveries.c.next_try_at > now
-        with self._database.reading() as session:
-            rows = session.execute(sa.select(_deliveries).where(waits)).all()
-        if rows:
-            with self._database.transaction() as session:
-                session.execute(sa.update(_deliveries).where(waits).values(next_try_at=now))
-        return [Delivery(**row._mapping) for row in rows]
-
-    def by_transaction(self, transaction_uid: str) -> Delivery | None:
-        """The delivery for which a PACS was once asked to commit, by this request or by one before the last."""
-        asked = sa.select(_commitments.c.delivery_ref).where(_commitments.c.transaction_uid == transaction_uid)
-        found = self._deliveries_where(_deliveries.c.ref.in_(asked))
-        return found[0] if found else None
-
-    def heard(
-        self, transaction_uid: str, kept: Iterable[str], failed: Iterable[tuple[str, str]], *, again_at: datetime
-    ) -> Delivery | None:
-        """A PACS's word on a request for storage commitment: what it does not keep is to be sent again.
-
-        That it keeps something counts whenever it says so; that it does not, only in answer to the last request."""
-        delivery = self.by_transaction(transaction_uid)
-        if delivery is None:
-            return None
-        for uid in kept:
-            self.said(delivery, uid, "confirmed")
-        newest = delivery.state == "asked" and delivery.transaction_uid == transaction_uid
-        for uid, reason in failed if newest else ():
-            self.said(delivery, uid, "waiting", f"not committed: {reason}")
-        states = {each.state for each in self.delivered(delivery.ref)}
-        if delivery.state in ("done", "withdrawn"):
-            return delivery
-        if "waiting" in states:
-            if not newest:
-                return delivery
-            reason = f"{delivery.destination} does not keep what it stored: it is sent again."
-            self.move(delivery, "waiting", reason=reason, next_try_at=again_at)
-        elif "sent" not in states:
-            self.move(delivery, "done")
-        return self.delivery(delivery.ref)
-
-    def resend(self, result_ref: str, *, who: str, destination: str | None = None) -> tuple[Delivery, ...]:
-        """Send all objects of a result again, byte for byte; also those that were refused or confirmed."""
-        if not self.is_current(result_ref):
-            raise Misconfigured("A newer revision replaced this result: send the current one again.")
-        mine = _deliveries.c.result_ref == result_ref
-        if destination is not None:
-            mine &= _deliveries.c.destination == destination
-        sent = ("sent", "confirmed", "refused")
-        return self._reopen(mine, who, "delivery asked for again", objects=sent, reason="asked for again")
-
-    def retry(self, study_ref: str, *, who: str) -> tuple[Delivery, ...]:
-        """Take up the study's parked deliveries again, with what was refused."""
-        refused = sa.select(_delivered.c.delivery_ref).where(_delivered.c.state == "refused")
-        mine = (_deliveries.c.study_ref == study_ref) & (_deliveries.c.state != "withdrawn")
-        mine &= (_deliveries.c.state == "parked") | _deliveries.c.ref.in_(refused)
-        mine &= _deliveries.c.result_ref.in_(sa.select(_results.c.ref).where(_results.c.current == sa.true()))
-        return self._reopen(mine, who, "delivery taken up again", objects=("refused",))
-
-    def _reopen(
-        self, which: sa.ColumnElement[bool], who: str, act: str, *, objects: tuple[str, ...], reason: str = ""
-    ) -> tuple[Delivery, ...]:
-        now = self._clock()
-        again = {"state": "waiting", "reason": "", "next_try_at": now, "since": now}
-        readable = _deliveries.c.study_ref.in_(sa.select(_studies.c.ref).where(_studies.c.key.is_not(None)))
-        with self._database.transaction() as session:
-            rows = session.execute(sa.select(_deliveries).where(which, readable)).all()
-            refs = [row.ref for row in rows]
-            session.execute(
-                sa.update(_deliveries).where(_deliveries.c.ref.in_(refs)).values(**again, tries=_deliveries.c.tries + 1)
-            )
-            session.execute(
-                sa.update(_delivered)
-                .where(_delivered.c.delivery_ref.in_(refs), _delivered.c.state.in_(objects))
-                .values(state="waiting", reason=reason, at=now)
-            )
-            acts = [audit.Act(act, who, "", row.study_ref, {"to": row.destination}) for row in rows]
-            audit.record(session, *acts, at=now)
-        return self._deliveries_where(_deliveries.c.ref.in_(refs))
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
@@ -683,6 +329,9 @@ class Results:
         if key is None:
             raise Shredded("This study was shredded: its results cannot be read any more.")
         return Vault(self._vault.unwrap(key))
+
+    def _open_one(self, rendered_ref: str) -> bytes:
+        return self._open_objects(sa.select(_rendered).where(_rendered.c.ref == rendered_ref))[0].data
 
     def _open_objects(self, query: sa.Select[Any]) -> tuple[Rendered, ...]:
         with self._database.reading() as session:
@@ -695,41 +344,12 @@ class Results:
             vault = self._study_vault(session, study_ref)
         return tuple(_open(row, vault) for row in rows)
 
-    def _deliveries_where(self, *conditions: sa.ColumnElement[bool]) -> tuple[Delivery, ...]:
-        query = sa.select(_deliveries).where(*conditions).order_by(_deliveries.c.since, _deliveries.c.destination)
-        with self._database.reading() as session:
-            return tuple(Delivery(**row._mapping) for row in session.execute(query))
-
-    def _delivered_where(self, *conditions: sa.ColumnElement[bool]) -> tuple[Delivered, ...]:
-        query = (
-            sa.select(
-                _delivered.c.rendered_ref,
-                _rendered.c.kind,
-                _deliveries.c.destination,
-                _rendered.c.sop_class_uid,
-                _rendered.c.sop_instance_uid,
-                _delivered.c.state,
-                _delivered.c.reason,
-                _delivered.c.at,
-            )
-            .join(_rendered, _rendered.c.ref == _delivered.c.rendered_ref)
-            .join(_deliveries, _deliveries.c.ref == _delivered.c.delivery_ref)
-            .where(*conditions)
-            .order_by(_rendered.c.number)
-        )
-        with self._database.reading() as session:
-            return tuple(Delivered(**row._mapping) for row in session.execute(query))
-
 
 _ENTRY = tuple(_results.c[each.name] for each in dataclasses.fields(Entry))
 
 
 def _entry(row: sa.Row[Any]) -> Entry:
     return Entry(**{each.name: getattr(row, each.name) for each in dataclasses.fields(Entry)})
-
-
-def _changed(session: Session, change: sa.Update) -> bool:
-    return cast("sa.CursorResult[Any]", session.execute(change)).rowcount > 0
 
 
 def _current(session: Session, study_ref: str) -> Entry | None:
@@ -773,7 +393,7 @@ def _entry_of(
         evidence_digest=evidence_digest,
         bundle_digest=bundle_digest,
         instances=instances,
-        outcome=_outcome(answer),
+        outcome=outcome_of(answer),
         reason="" if isinstance(answer, Assessed) else answer.reason,
         birads=stated.birads if stated else None,
         probability=stated.probability if stated else None,
@@ -784,12 +404,6 @@ def _entry_of(
         supersedes=replaced.ref if replaced else None,
         alarm=_alarm(replaced, rank, _said(answer)),
     )
-
-
-def _outcome(answer: Result | NotForUs) -> Outcome:
-    if isinstance(answer, Assessed):
-        return "assessed"
-    return "declined" if isinstance(answer, Declined) else "not-for-us"
 
 
 def _said(answer: Result | NotForUs) -> str:
@@ -823,55 +437,3 @@ def _acts_of(entry: Entry, refs: Sequence[str], digests: Sequence[str], recalled
         kind = "results recalled" if recalled else "category fell"
         acts.append(audit.Act(kind, "reading", entry.alarm, entry.study_ref, {"result": entry.ref}))
     return acts
-
-
-# -- Result ⇄ document. Evidence is kept as it was, to the bit: the pages lay it over the frame.
-
-
-def to_document(answer: Result | NotForUs) -> dict[str, Any]:
-    bare: Any = answer
-    if isinstance(answer, Assessed):
-        findings = tuple(dataclasses.replace(finding, heat=None) for finding in answer.findings)
-        bare = dataclasses.replace(answer, findings=findings, key_heat=None)
-    document = {"outcome": _outcome(answer), **dataclasses.asdict(bare)}
-    if isinstance(answer, Assessed):
-        document["key_heat"] = _heat_to_document(answer.key_heat)
-        for values, finding in zip(document["findings"], answer.findings, strict=True):
-            values["heat"] = _heat_to_document(finding.heat)
-    return document
-
-
-def from_document(document: Mapping[str, Any]) -> Result | NotForUs:
-    values = dict(document)
-    outcome = values.pop("outcome")
-    left_out = tuple(NotAnalysed(Source(**each["source"]), each["reason"]) for each in values["not_analysed"])
-    values["not_analysed"] = left_out
-    if outcome == "not-for-us":
-        return NotForUs(**{**values, "received": tuple(map(tuple, values["received"]))})
-    values["bundle"] = BundleName(**values["bundle"])
-    if outcome == "declined":
-        return Declined(**values)
-    values["findings"] = tuple(_finding(each) for each in values["findings"])
-    values["key_image"] = Source(**values["key_image"]) if values["key_image"] else None
-    values["key_heat"] = _heat(values["key_heat"])
-    return Assessed(**values)
-
-
-def _finding(values: Mapping[str, Any]) -> Finding:
-    contour = tuple((float(x), float(y)) for x, y in values["contour"])
-    source, heat = Source(**values["source"]), _heat(values["heat"])
-    return Finding(**{**values, "source": source, "contour": contour, "heat": heat})
-
-
-def _heat_to_document(heat: HeatMap | None) -> dict[str, Any] | None:
-    if heat is None:
-        return None
-    evidence = np.ascontiguousarray(heat.evidence, "<f4")
-    return {"region": heat.region, "shape": evidence.shape, "evidence": base64.b64encode(evidence.tobytes()).decode()}
-
-
-def _heat(values: Mapping[str, Any] | None) -> HeatMap | None:
-    if values is None:
-        return None
-    evidence = np.frombuffer(base64.b64decode(values["evidence"]), "<f4").reshape(values["shape"])
-    return HeatMap(evidence.astype(np.float32), Region(*values["region"]))

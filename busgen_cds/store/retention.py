@@ -24,7 +24,7 @@ from busgen_cds.store.cases import WordTable
 from busgen_cds.store.database import Database, table_of
 from busgen_cds.store.inbox import Inbox, InstanceTable, QuarantineTable, StudyTable
 from busgen_cds.store.jobs import JobTable
-from busgen_cds.store.results import DeliveryTable, RenderedTable, ResultTable
+from busgen_cds.store.result_tables import DeliveryTable, RenderedTable, ResultTable
 from busgen_cds.store.vault import Vault
 
 Kind = Literal["assessed", "declined", "not-for-us", "unread", "quarantine"]

@@ -21,7 +21,7 @@ from sqlalchemy.orm import Mapped, mapped_column
 from busgen_cds.birads import CATEGORIES
 from busgen_cds.result import Assessed, Result
 from busgen_cds.store.database import Base, Database, UtcTime, table_of
-from busgen_cds.store.results import ResultTable
+from busgen_cds.store.result_tables import ResultTable
 
 # What was said of a study, in one word; the order is that of suspicion, and a declined study ranks above category 3.
 Word = Literal["none", "3", "declined", "4A", "4B", "4C", "5", "failed"]

@@ -26,7 +26,7 @@ from busgen_cds.store.cases import WordTable
 from busgen_cds.store.database import Base, Database, UtcTime, table_of
 from busgen_cds.store.inbox import InstanceTable, StudyTable
 from busgen_cds.store.jobs import JobTable
-from busgen_cds.store.results import DeliveredTable, DeliveryTable, ResultTable
+from busgen_cds.store.result_tables import DeliveredTable, DeliveryTable, ResultTable
 from busgen_cds.store.vault import Vault
 from busgen_cds.triage import LAST, Rule
 

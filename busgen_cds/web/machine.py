@@ -68,8 +68,8 @@ def _lines(front: Front) -> Iterator[str]:
     jobs = [(f'state="{state}"', len(front.jobs.all(state))) for state in ("waiting", "parked")]
     yield from _gauge("busgen_jobs", "Jobs of reading.", jobs)
     deliveries = [
-        ('state="waiting"', len(front.results.undelivered())),
-        ('state="parked"', len(front.results.parked())),
+        ('state="waiting"', len(front.results.deliveries.under_way())),
+        ('state="parked"', len(front.results.deliveries.parked())),
     ]
     yield from _gauge("busgen_deliveries", "Deliveries on their way, and those that wait for a person.", deliveries)
     workers = [

@@ -103,7 +103,7 @@ def operation(front: Front) -> dict[str, Any]:
 
 def _by_destination(front: Front) -> list[dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
-    for each in (*front.results.undelivered(), *front.results.parked()):
+    for each in (*front.results.deliveries.under_way(), *front.results.deliveries.parked()):
         line = found.setdefault(each.destination, {"name": each.destination, "waiting": 0, "parked": 0, "reason": ""})
         line["parked" if each.state == "parked" else "waiting"] += 1
         line["reason"] = each.reason or line["reason"]

@@ -54,7 +54,7 @@ def ask(site: Site, studies: int) -> dict[str, float]:
         "search study": lambda: results.search("1.2.77"),
         "search nothing": lambda: results.search("nobody"),
         "history": lambda: results.history(_ref("study", 77)),
-        "deliveries of a result": lambda: results.deliveries(last),
+        "deliveries of a result": lambda: results.deliveries.of(last),
         "queue": lambda: queue.items(site.inbox, results, site.jobs, now=now),
         "sweep at start": lambda: results.unread(settled_before=now),
         "sweep": lambda: results.unread(settled_before=now, received_after=START + timedelta(minutes=studies - 60)),

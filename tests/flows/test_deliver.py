@@ -22,8 +22,8 @@ def test_the_pacs_is_down_the_whole_time(tmp_path: Path) -> None:
     with hospital.opened(tmp_path) as it:
         it.pacs.goes_down()
         studies = [it.scanner.sends(a_lesion(2, seed=10 * n)) for n in range(3)]
-        it.waits_until(lambda: len(it.site.results.undelivered()) == 3)
-        it.waits_until(lambda: all(each.tries > 1 for each in it.site.results.undelivered()))
+        it.waits_until(lambda: len(it.site.results.deliveries.under_way()) == 3)
+        it.waits_until(lambda: all(each.tries > 1 for each in it.site.results.deliveries.under_way()))
         assert all("cannot be reached" in item.reason for item in waiting(it))
         it.pacs.comes_up()
         it.settles()
@@ -37,7 +37,7 @@ def test_when_the_pacs_answers_all_that_waits_goes(tmp_path: Path) -> None:
         it.pacs.goes_down()
         for n in range(3):
             it.scanner.sends(a_lesion(1, seed=10 * n))
-        it.waits_until(lambda: sum(each.tries for each in it.site.results.undelivered()) == 3)
+        it.waits_until(lambda: sum(each.tries for each in it.site.results.deliveries.under_way()) == 3)
         it.pacs.comes_up()
         study = it.scanner.sends(a_lesion(1, seed=99))
         it.settles()
@@ -154,7 +154,7 @@ def test_not_committed_again_and_again(tmp_path: Path) -> None:
             last = it.waits_until(lambda said=last: _asked(it) if _asked(it) not in ("", said) else "")
             uids = [each.sop_instance_uid for each in it.result(study).delivered]
             it.desk.committed(Commitment(last, (), tuple((uid, "resource limitation") for uid in uids)))
-            (delivery,) = it.site.results.undelivered()
+            (delivery,) = it.site.results.deliveries.under_way()
             delays.append((delivery.next_try_at - it.clock()).total_seconds())
         assert delays[0] < delays[1] < delays[2]
         it.clock.passes(days=15)
@@ -248,7 +248,7 @@ def test_given_up_after_days_and_taken_up_again(tmp_path: Path) -> None:
     with hospital.opened(tmp_path) as it:
         it.pacs.goes_down()
         study = it.scanner.sends(a_lesion(1))
-        it.waits_until(lambda: it.site.results.undelivered())
+        it.waits_until(lambda: it.site.results.deliveries.under_way())
         it.clock.passes(days=15)
         it.settles()
         assert "Given up after 15 days" in it.parked(study)
@@ -277,7 +277,7 @@ def test_a_destination_that_is_gone(tmp_path: Path) -> None:
     with hospital.opened(tmp_path) as it:
         it.pacs.goes_down()
         study = it.scanner.sends(a_lesion(1))
-        it.waits_until(lambda: it.site.results.undelivered())
+        it.waits_until(lambda: it.site.results.deliveries.under_way())
         it.destinations = []
         it.worker_restarts()
         it.settles()
@@ -305,7 +305,7 @@ def _data_set(part10: bytes) -> bytes:
 
 def _asked(it: Hospital) -> str:
     """The request for storage commitment that is under way."""
-    return next((each.transaction_uid for each in it.site.results.undelivered() if each.state == "asked"), "")
+    return next((each.transaction_uid for each in it.site.results.deliveries.under_way() if each.state == "asked"), "")
 
 
 def _commits(it: Hospital) -> None:

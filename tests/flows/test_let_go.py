@@ -27,11 +27,11 @@ def test_shredded_while_it_is_on_its_way(tmp_path: Path) -> None:
     with hospital.opened(tmp_path) as it:
         it.pacs.goes_down()
         study = it.scanner.sends(a_lesion(1))
-        (delivery,) = it.waits_until(it.site.results.undelivered)
+        (delivery,) = it.waits_until(it.site.results.deliveries.under_way)
         it.site.inbox.shred(delivery.study_ref, "operator")  # as another process does just after this one has looked
         it.pacs.comes_up()
         it.settles()
-        now = it.site.results.delivery(delivery.ref)
+        now = it.site.results.deliveries.get(delivery.ref)
         assert now and (now.state, now.reason[:23]) == ("withdrawn", "This study was shredded")
         _is_at_work(it)
         assert not it.pacs.of(study)

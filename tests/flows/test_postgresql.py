@@ -25,7 +25,7 @@ def test_on_postgresql(it: Hospital) -> None:
     """On PostgreSQL, for our database and the workflows': an outage, a late image, a fault and its retry."""
     it.pacs.goes_down()
     study = it.scanner.sends(a_lesion(2))
-    it.waits_until(lambda: [each for each in it.site.results.undelivered() if each.tries > 0])
+    it.waits_until(lambda: [each for each in it.site.results.deliveries.under_way() if each.tries > 0])
     it.pacs.comes_up()
     it.settles()
     it.reader.says, it.reader.fails = "3", [KeyError()]

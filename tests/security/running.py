@@ -197,7 +197,7 @@ class Running:
         site = self._opened[0] if self._opened else self.site()
         ref = site.inbox.find_study(sent.uid)
         entry = site.results.current(ref) if ref else None
-        return bool(entry) and all(each.state == "done" for each in site.results.deliveries(entry.ref))  # type: ignore[union-attr]
+        return bool(entry) and all(each.state == "done" for each in site.results.deliveries.of(entry.ref))  # type: ignore[union-attr]
 
     def _environment(self) -> dict[str, str]:
         elsewhere = {name: str(self.folder / name.lower()) for name in ("TMPDIR", "HOME")}

@@ -14,8 +14,9 @@ from busgen_cds.result import Rendered
 from busgen_cds.store import audit, database, vault
 from busgen_cds.store.cases import Cases, Word
 from busgen_cds.store.database import Database
+from busgen_cds.store.deliveries import Addressee
 from busgen_cds.store.inbox import Inbox
-from busgen_cds.store.results import Addressee, Results
+from busgen_cds.store.results import Results
 from busgen_cds.store.retention import Letting, due, overview
 from busgen_cds.store.vault import Vault
 from busgen_cds.study import NotForUs
@@ -93,13 +94,13 @@ def test_undelivered_studies_stay(letting: Letting) -> None:
     answered(letting, ref, to="pacs")
     results = Results(letting.database, letting.vault)
     for state in ("waiting", "asked", "parked"):
-        (delivery,) = results.deliveries(results.current(ref).ref)  # type: ignore[union-attr]
-        results.move(delivery, state)  # type: ignore[arg-type]
+        (delivery,) = results.deliveries.of(results.current(ref).ref)  # type: ignore[union-attr]
+        results.deliveries.move(delivery, state)  # type: ignore[arg-type]
         assert letting.apply({"not-for-us": MONTH}, NOW).studies == ()
         with pytest.raises(Misconfigured, match="has not reached pacs"):
             letting.shred(ref, "ann")
     assert letting.shred(ref, "ann", insist=True) == []
-    assert results.undelivered() == () == results.parked()
+    assert results.deliveries.under_way() == () == results.deliveries.parked()
 
 
 def test_rules_by_kind_and_age(letting: Letting) -> None:

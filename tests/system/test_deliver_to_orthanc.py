@@ -77,7 +77,7 @@ def test_it_dies_and_comes_back(tmp_path: Path, pacs: Orthanc) -> None:
     with hospital.opened(tmp_path / "site", prepare=prepare) as it:
         pacs.kill()
         study = it.scanner.sends(a_lesion(1))
-        it.waits_until(lambda: [each for each in it.site.results.undelivered() if each.tries > 0])
+        it.waits_until(lambda: [each for each in it.site.results.deliveries.under_way() if each.tries > 0])
         pacs.start()
         it.settles()
         assert len(pacs.files(study, Modality="SR")) == 1

@@ -131,7 +131,7 @@ def _is_delivered(site: Site, uid: str) -> bool:
     entry = site.results.current(ref) if ref else None
     if entry is None or entry.instances < IMAGES:
         return False
-    return all(delivery.state == "done" for delivery in site.results.deliveries(entry.ref))
+    return all(delivery.state == "done" for delivery in site.results.deliveries.of(entry.ref))
 
 
 def _acknowledged_are_found(site: Site, studies: Sequence[Sequence[bytes]]) -> None:

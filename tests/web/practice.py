@@ -32,10 +32,11 @@ from busgen_cds.flows.services import Waits
 from busgen_cds.result import Assessed, BundleName, Declined, Finding, HeatMap, Rendered
 from busgen_cds.store import database
 from busgen_cds.store.cases import Cases
+from busgen_cds.store.deliveries import Addressee
 from busgen_cds.store.inbox import Inbox
 from busgen_cds.store.jobs import Jobs
 from busgen_cds.store.people import People, Role
-from busgen_cds.store.results import Addressee, Entry, Results
+from busgen_cds.store.results import Entry, Results
 from busgen_cds.store.vault import Vault
 from busgen_cds.store.worklist import Row, Worklist
 from busgen_cds.study import NotAnalysed, NotForUs, Region, Source
@@ -178,18 +179,18 @@ class Practice:
         return entry
 
     def _delivers(self, entry: Entry, rendered: Sequence[Rendered], how: str) -> None:
-        for delivery in self.results.deliveries(entry.ref):
+        for delivery in self.results.deliveries.of(entry.ref):
             if how in ("sent", "confirmed", "refused"):
                 for each in rendered:
                     refused = how == "refused" and each.kind == "sc"
                     state: Any = "refused" if refused else "sent" if how == "refused" else how
-                    self.results.said(
+                    self.results.deliveries.said(
                         delivery, each.sop_instance_uid, state, "0xA700 out of resources" if refused else ""
                     )
-                self.results.move(delivery, "done")
+                self.results.deliveries.move(delivery, "done")
             elif how == "parked":
                 reason = "another patient stands under this study there: find out whose images these are."
-                self.results.move(delivery, "parked", reason=reason)
+                self.results.deliveries.move(delivery, "parked", reason=reason)
 
     def _answer(self, study_ref: str, says: Says, revision: int) -> Any:
         slides = self.screen.slides(study_ref)
