@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 import busgen_cds
-from busgen_cds.cli import bundles, cases, custody, files, laboratory, results, site
+from busgen_cds.cli import bundles, cases, custody, experiments, files, generator, reader, results, site
 from busgen_cds.cli.console import console, out
 from busgen_cds.errors import Misconfigured, Shredded, Transient, Untrusted
 
@@ -25,7 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Decision support for breast ultrasound, between scanner and PACS. Research software, not a diagnosis.",
 )
-for verbs in (site, files, results, laboratory, cases, custody):
+for verbs in (site, files, results, cases, custody, reader, generator, experiments):
     app.registered_commands += verbs.app.registered_commands
 app.add_typer(results.results_app, name="results")
 app.add_typer(custody.audit_app, name="audit")
