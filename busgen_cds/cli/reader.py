@@ -122,7 +122,7 @@ def blend(
 def seal(
     checkpoints: Annotated[list[Path], typer.Argument(help="Checkpoints of one arm; they are averaged in one graph.")],
     out: Annotated[Path, typer.Option(help="Folder of the bundle.")],
-    version: str,
+    version: Annotated[str, typer.Option(help="Of the bundle: major.minor.patch.")],
     trust: Annotated[Path, typer.Option(help="Folder where the one-shot key's public half is kept.")],
     name: str = "busgen-reader",
     data: Data = None,
