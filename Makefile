@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check -q
 LOCKS  := deploy/locks
 
-.PHONY: demo test check lint lock bench explore scan sbom release-notes clean
+.PHONY: demo test check lint lock bench screens pictures explore scan sbom release-notes clean
 
 demo: $(VENV)/.clinic
 	$(BIN)/busgen-cds demo $(ARGS)
@@ -22,6 +22,13 @@ lint: $(VENV)/.test
 
 bench: $(VENV)/.test
 	$(BIN)/python -m tests.bench $(ARGS)
+
+# The pictures of the documentation, and those that the workstation's test compares with: look at each before committing.
+screens: $(VENV)/.test
+	$(BIN)/python -m tests.screens $(ARGS)
+
+pictures: $(VENV)/.test
+	BUSGEN_ACCEPT_PICTURES=1 $(BIN)/python -m pytest tests/system/test_workstation.py $(ARGS)
 
 # The whole API by its own description; a slice of it is among the tests.
 explore: $(VENV)/.test

@@ -78,14 +78,14 @@ def _studies(inbox: Inbox, results: Results, jobs: Jobs, now: datetime) -> list[
                 )
             )
             known.add(job.study_ref)
-    unread = [ref for ref in results.unread(settled_before=now) if ref not in known]
-    late = set(results.unread(settled_before=now - UNREAD))
+    unread = results.unread(settled_before=now)
     reason = "It was received and is not being read: look whether a worker runs and the engine goes, then retry."
     return rows + [
         Item("study", ref, "unread", reason, None, True, "retry")
-        if ref in late
+        if last < now - UNREAD
         else Item("study", ref, "receiving", "", None, False)
-        for ref in unread
+        for ref, last in unread.items()
+        if ref not in known
     ]
 
 

@@ -54,6 +54,9 @@ def of(site: Site, first_code: str = "") -> FastAPI:
             ),
             checks={"bundle": lambda: site.shelf.live().name.digest[:12]},
             models=_models(site),
+            receives=web.Receives(
+                chosen.listener.ae_title, chosen.listener.port, [peer.ae_title for peer in chosen.listener.allow]
+            ),
             viewer=chosen.web.viewer,
             first_code=first_code,
             secure=chosen.web.secure,

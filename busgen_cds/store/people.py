@@ -276,8 +276,11 @@ class People:
         if step is None:
             raise Refused("That code does not belong to this key: check the clock of the device that made it.")
         with self._database.transaction() as session:
-            if self._by_name(session, name).vouched:
+            account = self._by_name(session, name)
+            if account.vouched:
                 raise Refused("Your second factor is asked for by the log-in provider: set it there.")
+            if account.second_factor:
+                raise Refused("Your second factor is on already: an administrator can take it off.")
             self._change(session, name, totp=self._vault.seal_text(key), totp_step=step)
             self._act(session, "second factor set", name, name)
 
@@ -383,8 +386,10 @@ class People:
 
     # -- tokens ----------------------------------------------------------------------------------------------------
 
-    def make_token(self, owner: Account, label: str, scopes: Iterable[Right], days: int) -> tuple[str, Token]:
-        """The token's secret is shown once, here."""
+    def make_token(
+        self, owner: Account, label: str, scopes: Iterable[Right], days: int, ref: str = ""
+    ) -> tuple[str, Token]:
+        """The token's secret is shown once, here. `ref` is whoever asks' own name for this wish: one token for each."""
         wanted = tuple(right for right in ALL_RIGHTS if right in set(scopes))
         label = label.strip()[:64]
         if not label or not wanted or not 1 <= days <= TOKEN_DAYS:
@@ -392,8 +397,10 @@ class People:
         if beyond := set(wanted) - owner.rights:
             raise Refused(f"Your roles do not include {', '.join(sorted(beyond))}.")
         secret, now = f"busgen_{secrets.token_urlsafe(32)}", self._clock()
-        token = Token(secrets.token_hex(16), label, wanted, now, now + timedelta(days=days), revoked=False)
+        token = Token(ref or secrets.token_hex(16), label, wanted, now, now + timedelta(days=days), revoked=False)
         with self._database.transaction() as session:
+            if session.execute(sa.select(_tokens.c.ref).where(_tokens.c.ref == token.ref)).first():
+                raise Refused("That token is made already, and was shown once: revoke it if you did not copy it.")
             session.execute(
                 sa.insert(_tokens).values(
                     ref=token.ref,

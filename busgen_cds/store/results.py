@@ -297,16 +297,16 @@ class Results:
         with self._database.transaction() as session:
             session.execute(sa.update(_results).where(grown).values(instances=instances))
 
-    def unread(self, *, settled_before: datetime, received_after: datetime | None = None) -> list[str]:
-        """Studies with instances that their current result does not cover. Held ones wait for a person, not for us;
-        but an answer to what turned out to be two patients is to be recalled."""
+    def unread(self, *, settled_before: datetime, received_after: datetime | None = None) -> dict[str, datetime]:
+        """Studies with instances that their current result does not cover, and when their last one came. Held ones
+        wait for a person, not for us; but an answer to what turned out to be two patients is to be recalled."""
         mine = (_instances.c.study_ref == _studies.c.ref) & ~_instances.c.conflict
         received = sa.select(sa.func.count()).where(mine).scalar_subquery()
         last = sa.select(sa.func.max(_instances.c.received_at)).where(mine).scalar_subquery()
         # evidence only grows, so the newest result covers the most; asked like this, each study costs two look-ups
         covered = sa.select(sa.func.max(_results.c.instances)).where(_results.c.study_ref == _studies.c.ref)
         answered = sa.select(_results.c.ref).where(_results.c.study_ref == _studies.c.ref).exists()
-        query = sa.select(_studies.c.ref).where(
+        query = sa.select(_studies.c.ref, last.label("last")).where(
             _studies.c.held.is_(None) | (_studies.c.two_patients & answered),
             _studies.c.key.is_not(None),
             received > sa.func.coalesce(covered.scalar_subquery(), 0),
@@ -316,7 +316,7 @@ class Results:
             lately = sa.select(_instances.c.study_ref).where(_instances.c.received_at >= received_after)
             query = query.where(_studies.c.ref.in_(lately))
         with self._database.reading() as session:
-            return list(session.execute(query).scalars())
+            return {row.ref: row.last for row in session.execute(query)}
 
     def is_current(self, result_ref: str) -> bool:
         with self._database.reading() as session:

@@ -16,6 +16,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.staticfiles import StaticFiles
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException as StarletteError
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
@@ -91,6 +92,9 @@ async def _log_in(request: Request, _: Exception) -> Response:
 
 async def _refusal(request: Request, error: Exception) -> Response:
     assert isinstance(error, StarletteError)
+    page = not request.url.path.startswith(("/api/", "/fhir/", "/static/"))
+    if page and not hasattr(request.state, "person"):  # nobody asked yet who it is: the refusal's page leads on
+        request.state.person = await run_in_threadpool(auth.person_of_cookie, request)
     return answer(request, error.status_code, str(error.detail), getattr(error, "headers", None))
 
 

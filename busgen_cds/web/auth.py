@@ -174,10 +174,10 @@ def owner() -> Any:
 
 
 def _allowed(request: Request, person: Person, right: Right | None) -> Person:
+    request.state.person = person
     if right is not None and not person.may(right):
         front_of(request).refused(person, right, route_of(request))
         raise HTTPException(403, f"Your account may not do this: it needs the right “{right}”.")
-    request.state.person = person
     return person
 
 

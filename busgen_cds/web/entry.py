@@ -207,12 +207,13 @@ def make_token(
     request: Request,
     label: Text,
     days: Annotated[int, Form()],
+    ref: Annotated[str, Form(pattern="^[0-9a-f]{32}$")],
     scopes: Annotated[list[str], Form()] = [],  # noqa: B006 - FastAPI copies it
     person: Person = auth.page(),
 ) -> Response:
     wanted = [right for right in ALL_RIGHTS if right in scopes]
     try:
-        secret, _ = auth.front_of(request).people.make_token(person.account, label, wanted, days)
+        secret, _ = auth.front_of(request).people.make_token(person.account, label, wanted, days, ref)
     except Refused as refused:
         return _account(request, person, problem=str(refused), status=409)
     return _account(request, person, secret=secret)
@@ -233,6 +234,7 @@ def _account(
         "secret": secret,
         "tokens": front.people.tokens(person.account),
         "key": key or People.new_totp_key(),
+        "new_ref": secrets.token_hex(16),
         "scopes": [right for right in ALL_RIGHTS if person.may(right)],
     }
     return render.page(request, "account.html", values, status)

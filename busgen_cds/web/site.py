@@ -62,6 +62,15 @@ class Node:
 
 
 @dataclass(frozen=True)
+class Receives:
+    """Where studies are sent to, and by whom."""
+
+    ae_title: str
+    port: int
+    allow: Sequence[str] = ()  # AE titles
+
+
+@dataclass(frozen=True)
 class Models:
     """The shelf and what is known of how its bundles do, to be read; and the verbs that change it."""
 
@@ -96,6 +105,7 @@ class Site:
     echo: Callable[[str], float]  # node → seconds
     models: Models | None = None  # None: no shelf, only the bundle that is live
     nodes: Sequence[Node] = ()
+    receives: Receives | None = None  # what the first page says before any study came
     checks: Mapping[str, Check] = field(default_factory=dict)  # what must hold before work is taken
     viewer: str = ""  # a link to the site's viewer; {study_uid} and {series_uid} are filled in
     first_code: str = ""  # who knows it may make the first account; empty: only the command line may

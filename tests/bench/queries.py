@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def ask(site: Site, studies: int) -> dict[str, float]:
+def ask(site: Site, studies: int) -> dict[str, dict[str, float]]:
     results = site.results
     last = _ref("result", studies - 1)
     now = START + timedelta(days=400)
@@ -62,11 +62,16 @@ def ask(site: Site, studies: int) -> dict[str, float]:
     return {name: _milliseconds(question) for name, question in questions.items()}
 
 
-def _milliseconds(question: Callable[[], Any]) -> float:
+def _milliseconds(question: Callable[[], Any]) -> dict[str, float]:
+    """The best of three, by the clock and in processor time of this process, where SQLite works and PostgreSQL not."""
     question()
-    began = time.perf_counter()
-    question()
-    return round(1000 * (time.perf_counter() - began), 1)
+    clock, processor = [], []
+    for _ in range(3):
+        began, busy = time.perf_counter(), time.process_time()
+        question()
+        clock.append(time.perf_counter() - began)
+        processor.append(time.process_time() - busy)
+    return {"clock": round(1000 * min(clock), 1), "processor": round(1000 * min(processor), 1)}
 
 
 def fill(site: Site, studies: int) -> None:

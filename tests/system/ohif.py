@@ -14,7 +14,7 @@ from __future__ import annotations
 import io
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -87,9 +87,9 @@ def browser() -> Iterator[Any]:
 class Seat:
     """One radiologist's viewer: a page, and everything that went wrong on it."""
 
-    def __init__(self, chromium: Any, url: str) -> None:
+    def __init__(self, chromium: Any, url: str, size: Mapping[str, int] = SIZE) -> None:
         self.url = url
-        self.context = chromium.new_context(viewport=SIZE, locale="en-GB", timezone_id="UTC")
+        self.context = chromium.new_context(viewport=dict(size), locale="en-GB", timezone_id="UTC")
         self.context.add_init_script("localStorage.setItem('shownTours', JSON.stringify(['basicViewerTour']))")
         self.page = self.context.new_page()
         self.wrong: list[str] = []

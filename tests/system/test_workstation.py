@@ -6,9 +6,10 @@ road, scanner → Orthanc → plugin → product → Orthanc → OHIF, where wha
 
 from __future__ import annotations
 
+import hashlib
 import io
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ import pytest
 from PIL import Image, ImageDraw
 from pydicom import Dataset, dcmread
 
+from busgen_cds import app
 from busgen_cds.dicom import objects
-from busgen_cds.result import Assessed, Rendered, Result
+from busgen_cds.result import Assessed, Declined, Rendered, Result
 from busgen_cds.study import Study
 from tests import images
 from tests.dicom import answers
@@ -185,26 +187,68 @@ def test_changed_picture_is_noticed() -> None:
 # The whole road
 
 
+PREVALENCE = 0.3  # what the test's site states
+
+
 def test_from_the_scanner_to_the_screen(room: Room, tmp_path: Path) -> None:
-    """What a scanner sends is read by the product and stands in OHIF as its report says; a late image gives REV 2."""
+    """What a scanner sends is read by the product and stands in OHIF as its report says, whatever that is: one finding
+    or two, none, not analysed, in grey, colour and cine; a late image gives REV 2."""
     sent = {
         "grey": images.breast_study(2, seed=0)[:1],
         "cine": images.breast_study(1, seed=1, cine=8),
         "colour": images.breast_study(1, seed=2, colour="rgb"),
+        **chosen_by_the_reader(),
     }
     with product.running(tmp_path / "site", to=room.pacs) as busgen:
         room.pacs.knows("busgen-cds", busgen.ae_title, busgen.port)
         for name, files in sent.items():
             scanned(room.pacs, files, tmp_path / name)
-        for files in sent.values():
+        said = {}
+        for name, files in sent.items():
             report = newest_report(room.pacs, study_uid(files))
-            stands_as_reported(room, report)
+            said[name] = stands_as_reported(room, report)
+        assert (said["two findings"], said["no finding"], said["declined"]) == (2, 0, 0)
         late = images.breast_study(2, seed=0)
         scanned(room.pacs, late[1:], tmp_path / "late")
         second = newest_report(room.pacs, study_uid(late), series_number=911)
         assert "REV 2" in second.SeriesDescription
         assert str(second.PredecessorDocumentsSequence[0].StudyInstanceUID) == study_uid(late)
         stands_as_reported(room, second)
+
+
+def chosen_by_the_reader() -> dict[str, list[bytes]]:
+    """Studies that the shipped reader answers with two findings, with none, and not at all. Which images these are
+    depends on what it has learnt, so it is asked: the first that fits, of a few that should."""
+    reader = app.open_engine(device="cpu")
+    stations = app.file_stations(reader, PREVALENCE)
+
+    def first(wanted: Callable[[Result], bool], studies: Iterable[list[bytes]]) -> list[bytes]:
+        for files in studies:
+            study = stations.intake([(data, hashlib.sha256(data).hexdigest()) for data in files])
+            assert isinstance(study, Study), study
+            if wanted(stations.assess(study)):
+                return files
+        raise AssertionError("the shipped reader answers none of the candidates so: add some")
+
+    def found(count: int) -> Callable[[Result], bool]:
+        return lambda result: isinstance(result, Assessed) and len(result.findings) == count
+
+    chosen = {
+        "two findings": first(found(2), (images.breast_study(2, seed=seed) for seed in range(300, 340, 4))),
+        "no finding": first(found(0), (images.breast_study(1, seed=s, tissue="normal") for s in range(400, 410))),
+        "declined": first(lambda r: isinstance(r, Declined), (no_tissue(seed) for seed in range(500, 505))),
+    }
+    reader.close()
+    return chosen
+
+
+def no_tissue(seed: int) -> list[bytes]:
+    """What says that it is breast ultrasound and shows a test pattern."""
+    dataset = images.breast_dataset(seed=seed)
+    y, x = np.mgrid[0 : dataset.Rows, 0 : dataset.Columns]
+    pattern = (((x // 40 + y // 40) % 2) * 200 + np.random.default_rng(seed).integers(0, 50, x.shape)).astype(np.uint8)
+    images.set_pixels(dataset, np.repeat(pattern[None, :, :, None], 3, axis=3), "grey")
+    return [images.part10(dataset)]
 
 
 def scanned(pacs: Orthanc, files: list[bytes], folder: Path) -> None:
@@ -229,21 +273,27 @@ def newest_report(pacs: Orthanc, study: str, series_number: int = 901) -> Datase
     return report
 
 
-def stands_as_reported(room: Room, report: Dataset) -> None:
-    """OHIF shows each contour of the report where the report says it is, and the badge says its category."""
+def stands_as_reported(room: Room, report: Dataset) -> int:
+    """OHIF shows each contour of the report where the report says it is, and the badge says its category; without one
+    it shows why in words. How many findings there are."""
     badge = room.pacs.get(f"/busgen-cds/studies/{room.pacs.study(str(report.StudyInstanceUID))}")
     assert badge["state"] == "delivered", badge
     room.seat.opens(str(report.StudyInstanceUID), str(report.SeriesInstanceUID))
     outlines = contours_of(report)
     if not outlines:
-        room.seat.says(badge["text"].removeprefix("AI: ").split(",")[0][:20].replace("no lesion", "No lesion"))
-        return
+        room.seat.says("NOT ANALYSED: " if "NOT ANALYSED" in badge["text"] else "No lesion found in 1 of 1 images")
+        room.seat.selects(902)
+        capture = next(dcmread(io.BytesIO(d)) for d in room.pacs.files(str(report.StudyInstanceUID), Modality="OT"))
+        room.seat.shows(str(capture.SOPInstanceUID))
+        assert room.seat.wrong == []
+        return 0
     (sop_uid, frame), _ = outlines[0]
     here = [points for address, points in outlines if address == (sop_uid, frame)]
     same_contours(room.seat.contours(), here)
     assert room.seat.shown() == (sop_uid, frame)
     assert any(f"BI-RADS {badge['answer']['says']}" in label for label in room.seat.labels()), badge
     assert room.seat.wrong == []
+    return len(outlines)
 
 
 def contours_of(report: Dataset) -> list[tuple[tuple[str, int], np.ndarray]]:

@@ -125,6 +125,7 @@ class Practice:
                 web.Node("PACS", "PACS@127.0.0.1:104", "report, capture, segmentation, state"),
                 web.Node("RIS", "https://ris.example/dicom-web", "report"),
             ),
+            receives=web.Receives("BUSGEN_CDS", 11112, ("US_ROOM_1", "PACS")),
             viewer="https://viewer.example/viewer?StudyInstanceUIDs={study_uid}&initialSeriesInstanceUID={series_uid}",
             clock=self.clock,
         )

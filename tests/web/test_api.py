@@ -351,7 +351,7 @@ def test_forms_need_their_session(staff: dict[str, Browser], practice: Practice,
     """A form without its session's key, or from another site, changes nothing."""
     rita = staff["rita"]
     path = "/account/tokens"
-    data = {"label": "x", "days": "1", "scopes": "studies.read"}
+    data = {"label": "x", "days": "1", "scopes": "studies.read", "ref": "a" * 32}
     assert rita.post(path, data=data).status_code == 403
     assert rita.post(path, data={**data, "form_key": staff["otto"].form_key}).status_code == 403
     elsewhere = {"Origin": "https://evil.example"}

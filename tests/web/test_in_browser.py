@@ -186,6 +186,7 @@ def test_nothing_found_and_declined(practice: Practice, reader: Person) -> None:
     declined = a_study(practice, Says(declines="unlike anything the bundle has learnt from"))
     reader.opens(declined)
     assert "unlike anything" in reader.sees(".study-said.declined")
+    assert reader.sees(".words") == "I have read it", "there is nothing to agree with, and nothing to reject"
     reader.presses("a")
     reader.sees(".word.agree")
     assert words(practice, nothing) == words(practice, declined) == [(0, "agree")]
@@ -263,6 +264,10 @@ def test_the_image(practice: Practice, reader: Person) -> None:
     page.wait_for_selector("#play[aria-pressed=true]")
     page.wait_for_selector("#where:has-text('Frame 7 of 8')")
     reader.presses(" ")
+    slider = page.locator("input#frame").bounding_box()
+    page.mouse.click(slider["x"] + 2, slider["y"] + slider["height"] / 2)
+    page.wait_for_selector("#where:has-text('Frame 1 of 8')")
+    page.mouse.move(0, 0)
     reader.presses("ArrowRight")
     page.wait_for_selector("#where:has-text('Image 2 of 2')")
     assert "10 mm" in reader.sees("#scale")
@@ -336,7 +341,7 @@ def test_release_as_the_study_of_one_patient(practice: Practice, operator: Perso
     operator.goes("/worklist?view=stuck")
     operator.page.click(f"tr:has(a[href='/studies/{ref}']) a:has-text('Whose is it?')")
     operator.page.once("dialog", lambda asked: asked.accept())
-    operator.page.click("button[aria-label='It is the study of P-TWO']")
+    operator.page.click("button:has-text('Release as P-TWO’s')")
     operator.is_told("released")
     operator.page.wait_for_selector(".whose", state="detached")
     assert practice.inbox.held(ref) is None
