@@ -101,6 +101,11 @@ def _services() -> Iterator[str]:
             ("STOW-RS", "user agent, for results", "HTTP"),
         ],
     )
+    yield ""
+    yield from _prose(
+        "A report on storage commitment goes out on the association that asked for it. Who has hung up by then hears "
+        "it at the node that the site names for that sender (`report_to`); where none is named, the scanner asks again."
+    )
 
 
 def _received() -> Iterator[str]:

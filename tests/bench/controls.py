@@ -37,8 +37,8 @@ from busgen_cds.dicom.listener import Listener, ListenerConfig, Tls
 from busgen_cds.store import audit, inbox, vault
 from tests import reception
 from tests.bench.listener import ENVIRONMENT, _wait_for, free_port, make_images
+from tests.certificates import Authority
 from tests.fuzz import watch
-from tests.security.certificates import Authority
 
 CINE_FRAMES = 400  # of 0.48 MB: a long clip, uncompressed
 BAR = 0.85

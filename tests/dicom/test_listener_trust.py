@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
-import hashlib
 import io
 import queue
 import socket
@@ -16,10 +14,6 @@ from typing import Any
 
 import pydicom
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 from pydicom.dataset import Dataset
 from pynetdicom import AE, evt
 
@@ -28,46 +22,11 @@ from busgen_cds.dicom.listener import Listener, ListenerConfig, Tls
 from busgen_cds.dicom.outbox import Node
 from busgen_cds.dicom.reporting import Reporter
 from busgen_cds.errors import Misconfigured
+from tests.certificates import Authority
 from tests.dicom import raw
 from tests.dicom.raw import EXPLICIT, IMPLICIT, US_IMAGE, Hung, Scanner
 from tests.programs import free_port
 from tests.reception import bell, listening
-
-PEM = serialization.Encoding.PEM
-
-
-class Authority:
-    """A hospital's certificate authority."""
-
-    def __init__(self, folder: Path, name: str) -> None:
-        self._folder, self._name = folder, name
-        self._key = ec.generate_private_key(ec.SECP256R1())
-        self._certificate = self._sign(self._key, name, is_authority=True)
-        self.path = folder / f"{name}.pem"
-        self.path.write_bytes(self._certificate.public_bytes(PEM))
-
-    def issues(self, name: str) -> tuple[Path, Path, str]:
-        """Certificate, key and the certificate's SHA-256."""
-        key = ec.generate_private_key(ec.SECP256R1())
-        certificate = self._sign(key, name)
-        paths = self._folder / f"{self._name}-{name}.pem", self._folder / f"{self._name}-{name}.key"
-        paths[0].write_bytes(certificate.public_bytes(PEM))
-        no_passphrase = serialization.NoEncryption()
-        paths[1].write_bytes(key.private_bytes(PEM, serialization.PrivateFormat.PKCS8, no_passphrase))
-        digest = hashlib.sha256(certificate.public_bytes(serialization.Encoding.DER)).hexdigest()
-        return *paths, digest
-
-    def _sign(self, key: Any, name: str, *, is_authority: bool = False) -> x509.Certificate:
-        def called(who: str) -> x509.Name:
-            return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, who)])
-
-        now = datetime.datetime.now(datetime.UTC)
-        builder = x509.CertificateBuilder().subject_name(called(name)).issuer_name(called(self._name))
-        builder = builder.public_key(key.public_key()).serial_number(x509.random_serial_number())
-        builder = builder.not_valid_before(now - datetime.timedelta(days=1))
-        builder = builder.not_valid_after(now + datetime.timedelta(days=1))
-        constraints = x509.BasicConstraints(ca=is_authority, path_length=None)
-        return builder.add_extension(constraints, critical=True).sign(self._key, hashes.SHA256())
 
 
 @pytest.fixture

@@ -21,8 +21,9 @@ from busgen_cds.study import Study
 from tests import images
 from tests.dicom import answers
 from tests.pacs import Pacs
+from tests.programs import wait_for
 from tests.system import orthanc
-from tests.system.orthanc import Orthanc, wait_for
+from tests.system.orthanc import Orthanc
 
 
 @dataclass

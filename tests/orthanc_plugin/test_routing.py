@@ -12,7 +12,7 @@ import pytest
 from tests import images
 from tests.dicom import answers
 from tests.orthanc_plugin.clinic import altered, opened
-from tests.system.orthanc import wait_for
+from tests.programs import wait_for
 
 pytestmark = pytest.mark.program
 

@@ -8,7 +8,7 @@ import ssl
 import struct
 import threading
 
-from tests.security.certificates import Authority
+from tests.certificates import Authority
 
 
 class Repository:

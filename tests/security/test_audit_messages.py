@@ -25,7 +25,7 @@ from busgen_cds.store.audit import Act
 from busgen_cds.store.inbox import Inbox
 from busgen_cds.store.results import Results
 from busgen_cds.store.vault import Vault
-from tests.security.certificates import Authority
+from tests.certificates import Authority
 from tests.security.repository import Repository
 from tests.store.test_rotation import kept
 

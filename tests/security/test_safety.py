@@ -14,7 +14,7 @@ from busgen_cds.operations import safety
 from busgen_cds.operations.safety import Rated
 from busgen_cds.store import audit, forwarding, site_keys, vault
 from busgen_cds.store.people import People
-from tests.security.certificates import Authority
+from tests.certificates import Authority
 
 SETTINGS = """
 [site]

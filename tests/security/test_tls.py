@@ -21,9 +21,9 @@ from busgen_cds.dicom.association import Peer, Rules
 from busgen_cds.dicom.listener import Listener, ListenerConfig, Tls, tls_context
 from busgen_cds.dicom.outbox import Node
 from busgen_cds.errors import Misconfigured, Transient
+from tests.certificates import Authority
 from tests.dicom import raw
 from tests.reception import listening
-from tests.security.certificates import Authority
 
 WEAK = "ALL:COMPLEMENTOFALL:@SECLEVEL=0"
 

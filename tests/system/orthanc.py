@@ -13,19 +13,17 @@ from __future__ import annotations
 import base64
 import json
 import os
-import signal
-import socket
 import subprocess
-import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from tests.programs import free_port, need
+from tests.system.daemon import Daemon
 
 PLUGINS = Path("/usr/share/orthanc/plugins")
 PYTHON = PLUGINS / "libOrthancPython.so"
@@ -35,7 +33,7 @@ DICOMWEB = PLUGINS / "libOrthancDicomWeb.so"
 PLUGIN = Path(__file__).parents[2] / "orthanc_plugin" / "busgen_cds_routing.py"
 
 
-class Orthanc:
+class Orthanc(Daemon):
     """One Orthanc process and its REST API."""
 
     def __init__(self, folder: Path, *, ae_title: str = "PACS", script: Path | None = None, **settings: Any) -> None:
@@ -45,55 +43,21 @@ class Orthanc:
         self.dicom_port = free_port()
         self.http_port = free_port()
         self.url = f"http://127.0.0.1:{self.http_port}"
-        self.log = folder / "orthanc.log"
-        self._process: subprocess.Popen[bytes] | None = None
+        super().__init__("Orthanc", folder / "orthanc.log", self.http_port, starts_within=30, stops_within=30)
         self._account: dict[str, str] = {}
         self.settings = _settings(folder, ae_title, self.dicom_port, self.http_port, script) | settings
 
     def start(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        configuration = self.folder / "orthanc.json"
-        configuration.write_text(json.dumps(self.settings, indent=1))
-        with self.log.open("ab") as log:
-            self._process = subprocess.Popen(
-                ["Orthanc", str(configuration)],
-                stdout=log,
-                stderr=log,
-                env=os.environ | {"TCP_NODELAY": "1"},
-                start_new_session=True,
-            )
-        wait_for(self._answers, 30, f"Orthanc did not start; see {self.log}")
+        Path(self.command[-1]).write_text(json.dumps(self.settings, indent=1))
+        super().start()
 
-    def stop(self) -> None:
-        self._end(signal.SIGTERM)
-
-    def kill(self) -> None:
-        self._end(signal.SIGKILL)
-
-    def _end(self, how: signal.Signals) -> None:
-        if self._process is None:
-            return
-        self._process.send_signal(how)
-        try:
-            self._process.wait(30)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait(10)
-            raise AssertionError(f"Orthanc did not stop within 30 s; see {self.log}") from None
-        finally:
-            self._process = None
+    @property
+    def command(self) -> list[str]:
+        return ["Orthanc", str(self.folder / "orthanc.json")]
 
     def log_in(self, user: str, password: str) -> None:
         self._account = {"Authorization": "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()}
-
-    def _answers(self) -> bool:
-        if self._process is None or self._process.poll() is not None:
-            raise AssertionError(f"Orthanc ended: {self.log.read_text(errors='replace')[-2000:]}")
-        try:
-            with socket.create_connection(("127.0.0.1", self.http_port), timeout=1):
-                return True
-        except OSError:
-            return False
 
     def get(self, path: str, **query: str) -> Any:
         return json.loads(self.request("GET", path + ("?" + urllib.parse.urlencode(query) if query else "")))
@@ -119,7 +83,7 @@ class Orthanc:
     def knows(self, name: str, ae_title: str, port: int, host: str = "127.0.0.1") -> None:
         """A node that Orthanc may send to; kept over a restart."""
         self.settings.setdefault("DicomModalities", {})[name] = [ae_title, host, port]
-        if self._process is not None:
+        if self.runs:
             self.put(f"/modalities/{name}", {"AET": ae_title, "Host": host, "Port": port})
 
     def upload(self, *files: bytes) -> list[str]:
@@ -157,16 +121,6 @@ def running(folder: Path, **arguments: Any) -> Iterator[Orthanc]:
         yield pacs
     finally:
         pacs.kill()
-
-
-def wait_for(true: Callable[[], Any], seconds: float, otherwise: str) -> Any:
-    """The first true answer within so many seconds."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if answer := true():
-            return answer
-        time.sleep(0.1)
-    raise AssertionError(otherwise)
 
 
 def store(files: Sequence[Path], to: Orthanc, ae_title: str = "US_ROOM_1") -> subprocess.CompletedProcess[str]:

@@ -12,8 +12,8 @@ import pytest
 
 from tests import images
 from tests.pacs import Pacs
+from tests.programs import wait_for
 from tests.system import ohif, orthanc
-from tests.system.orthanc import wait_for
 
 pytestmark = pytest.mark.program
 

@@ -13,9 +13,9 @@ import pytest
 from pydicom import dcmread
 
 from tests import images
-from tests.programs import free_port
+from tests.programs import free_port, wait_for
 from tests.system import orthanc, product
-from tests.system.orthanc import Orthanc, wait_for
+from tests.system.orthanc import Orthanc
 
 pytestmark = [pytest.mark.program, pytest.mark.slow, pytest.mark.timeout(1500)]
 

@@ -25,9 +25,9 @@ from busgen_cds.result import Assessed, Declined, Rendered, Result
 from busgen_cds.study import Study
 from tests import images
 from tests.dicom import answers
-from tests.programs import need
+from tests.programs import need, wait_for
 from tests.system import ohif, orthanc, pictures, product
-from tests.system.orthanc import Orthanc, wait_for
+from tests.system.orthanc import Orthanc
 
 pytestmark = [pytest.mark.program, pytest.mark.slow, pytest.mark.timeout(600)]
 
