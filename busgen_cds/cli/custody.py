@@ -118,12 +118,12 @@ def verify(
     with opened(config) as site:
         folder = _checkpoint_folder(site)
         where = checkpoints or ([folder] if folder and points.newest(folder) else [])
-        known = points.read(where, key)
-        verdict = audit.verify(site.database, known)
+        verdict = audit.verify(site.database, points.read(where, key))
         if as_json:
-            print_json({**vars(verdict), "sound": verdict.sound, "checkpoints": len(known)})
+            print_json({**vars(verdict), "sound": verdict.sound})
         else:
-            against = f"{len(known)} checkpoints" if known else "no checkpoint: a cut tail would not show"
+            count = verdict.checkpoints
+            against = f"{count} checkpoints" if count else "no checkpoint: a cut tail would not show"
             held = f"The record holds: {verdict.entries} entries, against {against}."
             out.print(held if verdict.sound else f"The record does not hold. {verdict.reason}", soft_wrap=True)
         if not verdict.sound:

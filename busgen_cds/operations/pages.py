@@ -20,7 +20,7 @@ from busgen_cds.errors import Misconfigured, Shredded, Untrusted
 from busgen_cds.operations import learning_loop
 from busgen_cds.result import Answer
 from busgen_cds.settings import Settings
-from busgen_cds.store import vault
+from busgen_cds.store import checkpoints, vault
 from busgen_cds.store.people import People
 from busgen_cds.store.shelf import Standing
 from busgen_cds.triage import Rule
@@ -32,6 +32,7 @@ def of(site: Site, first_code: str = "") -> FastAPI:
     """The application; who knows the code may make the first account."""
     chosen = site.settings
     shown = Screen(site.inbox.instances, site.inbox.open)
+    kept_at = chosen.path(chosen.record.checkpoints) if chosen.record.checkpoints else None
 
     return web.create(
         web.Site(
@@ -52,6 +53,7 @@ def of(site: Site, first_code: str = "") -> FastAPI:
                 web.Node(each.name, each.url or f"{each.ae_title}@{each.host}:{each.port}", _gets(chosen, each.name))
                 for each in chosen.nodes
             ),
+            checkpoints=lambda: checkpoints.kept(kept_at),
             checks={"bundle": lambda: site.shelf.live().name.digest[:12]},
             models=_models(site),
             receives=web.Receives(

@@ -276,8 +276,7 @@ def _people(site: Site) -> Iterator[Rated]:
 def _record(site: Site) -> Iterator[Rated]:
     name, folder = "record of acts", site.settings.record.checkpoints
     where = site.settings.path(folder) if folder else None
-    known = checkpoints.read([where]) if where and checkpoints.newest(where) else []
-    verdict = audit.verify(site.database, known)
+    verdict = audit.verify(site.database, checkpoints.kept(where))
     if not verdict.sound:
         yield Rated(
             name, "fail", verdict.reason, "the record was altered: keep everything as it is, and ask who did it"

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -183,6 +183,7 @@ class Verdict:
     entries: int
     first_bad: int | None = None
     reason: str = ""
+    checkpoints: int = 0  # against which it was held; against none, a cut tail does not show
 
     @property
     def sound(self) -> bool:
@@ -190,7 +191,11 @@ class Verdict:
 
 
 def verify(database: Database, checkpoints: Sequence[Checkpoint] = ()) -> Verdict:
-    """Walk the whole chain; name the first entry that does not follow from the one before."""
+    """Walk the whole chain; name the first entry that does not follow from the one before, or is not as signed."""
+    return replace(_walked(database, checkpoints), checkpoints=len(checkpoints))
+
+
+def _walked(database: Database, checkpoints: Sequence[Checkpoint]) -> Verdict:
     expected = {point.number: point.hash for point in checkpoints if point.number}
     before, number = GENESIS, 0
     with database.reading() as session:

@@ -75,6 +75,11 @@ def read(paths: Iterable[Path], public: Path | None = None) -> list[Checkpoint]:
     return found
 
 
+def kept(folder: Path | None) -> list[Checkpoint]:
+    """All in a site's folder; none where it has no folder, or no checkpoint was written yet."""
+    return read([folder]) if folder and newest(folder) else []
+
+
 def newest(folder: Path) -> datetime | None:
     """When the last checkpoint was written here."""
     times = [file.stat().st_mtime for file in folder.glob("*.checkpoint.json")] if folder.is_dir() else []

@@ -189,6 +189,7 @@ class Verdict(_Answer):
     sound: bool
     first_bad: int | None
     reason: str
+    checkpoints: int = Field(description="Against which it was held; against none, a cut tail does not show.")
 
 
 class AccountOut(_Answer):

@@ -196,8 +196,8 @@ def export(
 
 
 def check_record(front: Front, person: Person) -> audit.Verdict:
-    verdict = audit.verify(front.site.database)
-    detail = {"entries": verdict.entries, "first_bad": verdict.first_bad}
+    verdict = audit.verify(front.site.database, front.site.checkpoints())
+    detail = {"entries": verdict.entries, "first_bad": verdict.first_bad, "checkpoints": verdict.checkpoints}
     front.note(Act("record verified", person.name, verdict.reason, None, detail))
     return verdict
 

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from busgen_cds import __version__
 from busgen_cds.result import BundleName, HeatMap
+from busgen_cds.store.audit import Checkpoint
 from busgen_cds.store.cases import Word
 from busgen_cds.store.database import Database
 from busgen_cds.store.drift import Drift
@@ -103,6 +104,7 @@ class Site:
     release: Callable[[str, str, Patient | None], None]  # a held study, who, and whose it is if it is of two patients
     resume: Callable[[str], bool]  # the engine, who
     echo: Callable[[str], float]  # node → seconds
+    checkpoints: Callable[[], Sequence[Checkpoint]] = tuple  # of the record, as far as they left this machine
     models: Models | None = None  # None: no shelf, only the bundle that is live
     nodes: Sequence[Node] = ()
     receives: Receives | None = None  # what the first page says before any study came

@@ -43,7 +43,8 @@ def record(opened: Database) -> Database:
 def test_a_sound_record(record: Database) -> None:
     """An untouched record is sound, alone and against its checkpoints."""
     point = audit.read_checkpoint(audit.checkpoint(record, signing.KeySigner(KEY), AT), VERIFIER)
-    assert audit.verify(record) == audit.verify(record, [point]) == audit.Verdict(ENTRIES)
+    assert audit.verify(record) == audit.Verdict(ENTRIES)
+    assert audit.verify(record, [point]) == audit.Verdict(ENTRIES, checkpoints=1)
 
 
 def test_a_cut_tail(record: Database) -> None:

@@ -8,17 +8,18 @@ from typing import Any
 
 import httpx
 import pytest
+import sqlalchemy as sa
 from fastapi import FastAPI
 from fastapi.routing import iter_route_contexts
 
 from busgen_cds import web
-from busgen_cds.store import audit
+from busgen_cds.store import audit, checkpoints
 from busgen_cds.store.people import RIGHTS, Right
 from tests import images
 from tests.images import breast_study
 from tests.web import explore
 from tests.web.conftest import STAFF
-from tests.web.practice import BUNDLE, Browser, Practice, Says
+from tests.web.practice import BUNDLE, Browser, Practice, Says, served
 
 NOBODY = "0" * 32
 # What each call needs, as documented; a call that is not here fails the test.
@@ -235,6 +236,30 @@ def test_the_record_by_api(address: str, practice: Practice) -> None:
     assert [line["number"] for line in lines] == list(range(1, len(lines) + 1))
     for wrong in ({"since": "yesterday"}, {"until": "9999-12-31"}, {"since": "0001-01-01T00:00+23:59"}):
         assert client.get("/api/v1/acts", params=wrong).status_code == 422, wrong
+
+
+def test_a_cut_tail_shows_on_the_page_and_by_api(tmp_path: Path) -> None:
+    """The page and the API hold the record against its checkpoints: whoever cuts its tail is found there too."""
+    practice, folder = Practice(tmp_path), tmp_path / "elsewhere"
+    practice.person("audi", "auditor")
+    with served(practice.site(checkpoints=lambda: checkpoints.kept(folder))) as where:
+        client, browser = httpx.Client(base_url=where, headers=token(practice, "audi"), timeout=60), Browser(where)
+        browser.logs_in("audi")
+        assert client.post("/api/v1/acts/verify").json()["checkpoints"] == 0
+        assert "a cut tail would not show" in browser.does("/audit/verify").text
+        checkpoints.export(practice.database, folder, checkpoints.signer(tmp_path / "keys" / "record.key"))
+        whole = client.post("/api/v1/acts/verify").json()
+        assert (whole["sound"], whole["checkpoints"]) == (True, 1)
+        assert "as far as 1 signed checkpoint says" in browser.does("/audit/verify").text
+        before = checkpoints.kept(folder)[0].number
+        with practice.database.transaction() as session:
+            session.execute(sa.text("DELETE FROM act WHERE number > :n"), {"n": before - 3})
+        assert audit.verify(practice.database).sound, "the chain alone does not show it"
+        cut = client.post("/api/v1/acts/verify").json()
+        assert (cut["sound"], cut["first_bad"]) == (False, before - 2)
+        assert "A signed checkpoint names entry" in browser.does("/audit/verify").text
+        browser.close()
+    practice.close()
 
 
 def test_whatever_shows_a_study_is_an_act(address: str, practice: Practice) -> None:
