@@ -6,6 +6,7 @@ Rules:
   when it writes; readers never wait for writers.
 - Names and identifiers stand in `Sealed` columns, or in `Blind` ones (a keyed hash) where they are searched for;
   everything else must be fit to be read by whoever steals the disk.
+- A statement that fails, or is traced, shows none of its parameters.
 - Times are aware and UTC. Deleted content is overwritten (`secure_delete`).
 - Each store module defines its tables on `Base`; the schema only ever changes by a migration in `migrations/`.
 """
@@ -184,9 +185,10 @@ def all_tables() -> sa.MetaData:
 
 
 def _engine_options(url: sa.URL) -> dict[str, Any]:
+    safe = {"hide_parameters": True}  # an error or a trace of a statement stands in logs
     if url.get_backend_name() != "sqlite":
-        return {"pool_pre_ping": True}
-    return {"connect_args": {"timeout": BUSY_SECONDS, "check_same_thread": False}}
+        return {**safe, "pool_pre_ping": True}
+    return {**safe, "connect_args": {"timeout": BUSY_SECONDS, "check_same_thread": False}}
 
 
 def _prepare_sqlite(connection: Any, _record: Any) -> None:
