@@ -42,7 +42,10 @@ def test_the_record_is_shown_by_person_patient_study_and_day(site: Running, sent
         site.says("audit", "show", "--patient", "nobody") == site.says("audit", "show", "--until", "2020-01-01") == []
     )
     assert site.says("audit", "show", "--who", "US_ROOM_1") != []
-    site.runs("audit", "show", "--since", "yesterday", code=2)
+    for wrong in (("--since", "yesterday"), ("--until", "9999-12-31"), ("--since", "0001-01-01T00:00+23:59")):
+        assert "is not a day" in site.runs("audit", "show", *wrong, code=2)
+        assert "is not a day" in site.runs("audit", "export", tmp_path / "none.ndjson", *wrong, code=2)
+    assert not (tmp_path / "none.ndjson").exists()
     site.runs("audit", "export", tmp_path / "acts.ndjson")
     lines = (tmp_path / "acts.ndjson").read_text().splitlines()
     assert [json.loads(line)["number"] for line in lines] == list(range(1, len(lines) + 1))

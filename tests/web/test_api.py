@@ -281,6 +281,23 @@ def test_whatever_shows_a_study_is_an_act(address: str, practice: Practice) -> N
     assert looks() == ["images viewed", "result viewed"]
 
 
+def test_an_evidence_map_is_a_look(practice: Practice, staff: dict[str, Browser]) -> None:
+    """Who asks for an evidence map alone has seen something of the study: that stands in the record, once; what is not
+    there was not seen."""
+    ref, rita = a_study(practice, 44, Says("4B")), staff["rita"]
+
+    def looks() -> list[str]:
+        acts = audit.entries(practice.database, audit.Wanted(who="rita"))
+        return [each.act.kind for each in acts if each.act.study_ref == ref]
+
+    assert rita.get(f"/studies/{ref}/evidence/1/9").status_code == 404
+    assert rita.get(f"/studies/{ref}/evidence/2/1").status_code == 404
+    assert looks() == []
+    for _ in range(2):
+        assert rita.get(f"/studies/{ref}/evidence/1/1").content.startswith(b"\x89PNG")
+    assert looks() == ["images viewed"]
+
+
 def test_a_refusal_keeps_no_identifier(address: str, practice: Practice) -> None:
     """Somebody who may not see a study leaves no identifier in the record by asking for it: acts are not sealed."""
     told = "1.2.840.99999.7"
