@@ -137,6 +137,12 @@ def test_units_are_hardened(unit: Path) -> None:
     assert filters == ["@system-service", "~@privileged @keyring @setuid"]
 
 
+@pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.stem)
+def test_a_stop_is_told_to_the_program_alone(unit: Path) -> None:
+    """A unit's stop lets what is being received end: the processes that receive are told by the program, not killed."""
+    assert {"KillSignal=SIGTERM", "KillMode=mixed"} <= set(unit.read_text().splitlines())
+
+
 @pytest.mark.program
 @pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.stem)
 def test_systemd_takes_the_units(unit: Path, tmp_path: Path) -> None:

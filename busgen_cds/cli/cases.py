@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
 from busgen_cds import truth
-from busgen_cds.cli.console import HERE, Config, Json, console, every_file, opened, out
+from busgen_cds.cli.console import HERE, Config, Json, console, every_file, opened, out, table
 from busgen_cds.truth import Conflict, Known
 
 if TYPE_CHECKING:
@@ -122,14 +121,15 @@ def cases_list(config: Config = HERE, as_json: Json = False) -> None:
         ]
         cases = [_as_document(each) for each in kept]
         return out.print_json(json.dumps({"cases": cases, "doubts": doubts}))
-    table = Table("case", "study", "patient", "part", "says", "category", "from", "on", "device")
-    for each in kept:
-        table.add_row(
-            each.ref[:8], each.study_ref[:8], each.patient[:8], each.part,
-            truth.in_words(each.pathology, each.origin), each.birads or "–", truth.source(each.origin),
-            each.confirmed_on, each.device or "–",
-        )  # fmt: skip
-    out.print(table)
+    rows = [
+        (
+            *(each.ref[:8], each.study_ref[:8], each.patient[:8], each.part),
+            *(truth.in_words(each.pathology, each.origin), each.birads or "–", truth.source(each.origin)),
+            *(each.confirmed_on, each.device or "–"),
+        )
+        for each in kept
+    ]
+    table(("case", "study", "patient", "part", "says", "category", "from", "on", "device"), rows)
     _tell(outcomes)
     for study_ref, found in reports.items():
         for report in found:

@@ -128,8 +128,9 @@ def _show(document: dict[str, object], kept: list[Path], tell: Console) -> None:
     tell.print(said)
     objects = Table("object in the PACS", "kB", box=None, pad_edge=True)
     for path in kept:
-        objects.add_row(str(path), f"{path.stat().st_size / 1000:.0f}")
+        objects.add_row(path.name, f"{path.stat().st_size / 1000:.0f}")
     tell.print(objects)
+    tell.print(f"The objects lie in {kept[0].parent}", soft_wrap=True)
     tell.print("[dim]Research software, not a medical device: this is not a diagnosis.[/]")
 
 

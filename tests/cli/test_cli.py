@@ -217,11 +217,12 @@ def test_the_shipped_bundle_verifies() -> None:
 
 
 def test_the_demonstration_ends_with_the_answer_in_the_pacs(tmp_path: Path) -> None:
-    """`demo --once` ends by itself: assessed by the shipped bundle, the objects stored in the PACS."""
+    """`demo --once` ends by itself: assessed by the shipped bundle, the objects stored in the PACS and named whole."""
     done = busgen_cds("demo", "--once", "--folder", tmp_path / "demo")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "assessed" in done.stdout
-    assert len(list((tmp_path / "demo" / "pacs").glob("*.dcm"))) >= 4
+    kept = list((tmp_path / "demo" / "pacs").glob("*.dcm"))
+    assert len(kept) >= 4 and all(each.name in done.stdout for each in kept)
 
 
 def test_outbox_is_told_by_the_node_it_is() -> None:

@@ -13,7 +13,7 @@ from tests.programs import wait_for
 
 
 class Daemon:
-    """Started when its port answers. Its whole process group hears the signals."""
+    """Started when its port answers; it alone is told to stop, as by a service manager; a kill is for all of it."""
 
     def __init__(self, name: str, log: Path, port: int, *, starts_within: float, stops_within: float) -> None:
         self.log = log
@@ -38,15 +38,17 @@ class Daemon:
         wait_for(self._answers, self._starts_within, f"{self._name} did not start; see {self.log}")
 
     def stop(self) -> None:
-        self._end(signal.SIGTERM)
+        if self._process is not None:
+            self._process.terminate()
+            self._ended()
 
     def kill(self) -> None:
-        self._end(signal.SIGKILL)
+        if self._process is not None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._ended()
 
-    def _end(self, how: signal.Signals) -> None:
-        if self._process is None:
-            return
-        os.killpg(self._process.pid, how)
+    def _ended(self) -> None:
+        assert self._process is not None
         try:
             self._process.wait(self._stops_within)
         except subprocess.TimeoutExpired:
