@@ -39,10 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--dark", action="store_true", help="every page in dark, instead of each as the documents have it"
     )
-    parser.add_argument("--only", default="", help="only pictures whose name begins like this")
+    parser.add_argument("--only", default="", help="only pictures whose names begin like these, with commas between")
     chosen = parser.parse_args(arguments)
     chosen.to.mkdir(parents=True, exist_ok=True)
-    if "ohif-report".startswith(chosen.only) and not chosen.dark:
+    if "ohif-report".startswith(tuple(chosen.only.split(","))) and not chosen.dark:
         in_the_viewer(chosen.to / "ohif-report.png")
     with tempfile.TemporaryDirectory() as folder, chromium() as browser:
         camera = Camera(browser, chosen.to, chosen.width, chosen.dark, chosen.only)
@@ -68,7 +68,7 @@ class Camera:
         self.address = ""
 
     def takes(self, name: str, person: str, path: str, *, dark: bool = False, before: Prepare | None = None) -> None:
-        if not name.startswith(self._only):
+        if not name.startswith(tuple(self._only.split(","))):
             return
         scheme = "dark" if dark or self._dark else "light"
         size = {"width": self._width, "height": round(self._width * 0.6)}
@@ -83,6 +83,7 @@ class Camera:
             page.wait_for_function("() => [...document.images].every(image => image.complete)")
         if before:
             before(page)
+        page.evaluate("() => scrollTo(0, 0)")
         page.wait_for_timeout(300)
         page.screenshot(path=str(self._to / f"{name}.png"), animations="disabled")
         context.close()
@@ -205,10 +206,10 @@ def the_others(camera: Camera, digest: str) -> None:
     camera.takes("models", "phil", "/models")
     camera.takes("model", "phil", f"/models/{digest}")
     camera.takes("models-promote", "phil", f"/models/{digest}/promote")
-    camera.takes("laboratory", "phil", "/laboratory", before=makes_images)
     camera.takes("audit", "audi", "/audit", before=verifies)
     camera.takes("people", "ada", "/people")
     camera.takes("account", "anna", "/account")
+    camera.takes("laboratory", "phil", "/laboratory", before=makes_images)
 
 
 def pressing(*keys: str) -> Prepare:
@@ -222,7 +223,7 @@ def verifies(page: Any) -> None:
 
 def makes_images(page: Any) -> None:
     if GENERATOR.exists():
-        page.fill("[name=count]", "2")
+        page.fill("[name=count]", "1")
         page.click("#make")
         page.wait_for_selector("#take:not([hidden])", timeout=900_000)
         page.wait_for_function("() => [...document.images].every(image => image.complete)")
