@@ -13,7 +13,6 @@ import typer
 from typer.testing import CliRunner
 
 from busgen_cds import cli, web
-from busgen_cds.cli import custody
 from busgen_cds.dicom import outbox
 from busgen_cds.errors import Misconfigured
 from tests import images
@@ -165,12 +164,17 @@ def test_a_sender_without_an_address(tmp_path: Path) -> None:
 
 
 def test_pages_name_commands_that_there_are() -> None:
-    """Every option of a command that a page names is one that the command takes."""
-    verify = typer.main.get_command(custody.audit_app).commands["verify"]  # type: ignore[attr-defined]
-    known = {name for each in verify.params for name in each.opts}
-    page = (Path(web.__file__).parent / "templates" / "audit_verdict.html").read_text()
-    named = re.findall(r"busgen-cds audit verify (--[a-z-]+)", page)
-    assert named and set(named) <= known
+    """Every command that a page names is one that there is, with the options that it takes."""
+    pages = [page.read_text() for page in (Path(web.__file__).parent / "templates").glob("*.html")]
+    named = {line for page in pages for line in re.findall(r"busgen-cds ([a-z][^<\"{\n]*)", page)}
+    assert len(named) > 3
+    for line in named:
+        verb = typer.main.get_command(cli.app)
+        words = line.split()
+        while words and hasattr(verb, "commands"):
+            verb = verb.commands[words.pop(0)]
+        taken = {option for each in verb.params for option in each.opts}
+        assert {word for word in words if word.startswith("--")} <= taken, line
 
 
 def test_no_site_without_a_prevalence(tmp_path: Path) -> None:
