@@ -23,6 +23,7 @@ from busgen_cds.errors import Misconfigured
 
 DEEP = 1280  # channels at stride 32, in each of them
 STEM = 32
+KEPT = (1, 2, 4)  # the stages whose features are kept, at strides 4, 8 and 16
 
 
 class Stage(NamedTuple):
@@ -33,36 +34,25 @@ class Stage(NamedTuple):
     kernel: int = 3
 
 
-class Plan(NamedTuple):
-    stages: tuple[Stage, ...]
-    kept: tuple[int, int, int]  # the stages whose features are kept, at strides 4, 8 and 16
-
-
 # table 2 of the MobileNetV2 paper
-MOBILENET = Plan(
-    (
-        Stage(1, 16, 1, 1),
-        Stage(6, 24, 2, 2),
-        Stage(6, 32, 3, 2),
-        Stage(6, 64, 4, 2),
-        Stage(6, 96, 3, 1),
-        Stage(6, 160, 3, 2),
-        Stage(6, 320, 1, 1),
-    ),
-    kept=(1, 2, 4),
+MOBILENET = (
+    Stage(1, 16, 1, 1),
+    Stage(6, 24, 2, 2),
+    Stage(6, 32, 3, 2),
+    Stage(6, 64, 4, 2),
+    Stage(6, 96, 3, 1),
+    Stage(6, 160, 3, 2),
+    Stage(6, 320, 1, 1),
 )
 # EfficientNet-B0 (Tan and Le 2019, arXiv 1905.11946), without squeeze-and-excitation and with ReLU6
-LITE0 = Plan(
-    (
-        Stage(1, 16, 1, 1),
-        Stage(6, 24, 2, 2),
-        Stage(6, 40, 2, 2, 5),
-        Stage(6, 80, 3, 2),
-        Stage(6, 112, 3, 1, 5),
-        Stage(6, 192, 4, 2, 5),
-        Stage(6, 320, 1, 1),
-    ),
-    kept=(1, 2, 4),
+LITE0 = (
+    Stage(1, 16, 1, 1),
+    Stage(6, 24, 2, 2),
+    Stage(6, 40, 2, 2, 5),
+    Stage(6, 80, 3, 2),
+    Stage(6, 112, 3, 1, 5),
+    Stage(6, 192, 4, 2, 5),
+    Stage(6, 320, 1, 1),
 )
 PLANS = {"mobilenet": MOBILENET, "lite0": LITE0}
 
@@ -104,18 +94,18 @@ class Encoder(nn.Module):
 
     def __init__(self, name: str = "mobilenet") -> None:
         super().__init__()
-        plan = PLANS[name]
+        stages = PLANS[name]
         self.stem = Same(1, STEM, 3, 2, blank=0.5)  # 0.5 is the zero of the RGB network's -1..1 input
         blocks, ends, inputs = [], [], STEM
-        for expansion, channels, count, stride, kernel in plan.stages:
+        for expansion, channels, count, stride, kernel in stages:
             for i in range(count):
                 blocks.append(Inverted(inputs, channels, stride if i == 0 else 1, expansion, kernel))
                 inputs = channels
             ends.append(len(blocks) - 1)
         self.blocks = nn.ModuleList(blocks)
         self.deep = nn.Conv2d(inputs, DEEP, 1)
-        self.taps = tuple(ends[stage] for stage in plan.kept)
-        self.channels = (*(plan.stages[stage].channels for stage in plan.kept), DEEP)
+        self.taps = tuple(ends[kept] for kept in KEPT)
+        self.channels = (*(stages[kept].channels for kept in KEPT), DEEP)
 
     def forward(self, image: Tensor) -> list[Tensor]:
         x, taps = F.relu6(self.stem(image)), []

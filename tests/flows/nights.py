@@ -128,28 +128,24 @@ def _die(chosen: str, here: str) -> None:
 
 def killed_shelf(ward: Ward, when: str) -> None:
     """The process dies before the candidate is put there, or when it lies there and nothing else knows."""
-    put = ward.shelf.put
-
-    def dies(*args: Any, **more: Any) -> Any:
-        _die(when, "shelf before")
-        found = put(*args, **more)
-        _die(when, "shelf after")
-        return found
-
-    ward.shelf.put = dies  # type: ignore[method-assign]
+    ward.shelf.put = _dying(ward.shelf.put, when, "shelf")  # type: ignore[method-assign]
 
 
 def killed_plan(ward: Ward, when: str) -> None:
     """The process dies before the cases are written down, or when the run has begun and its folder is not there."""
-    begin = ward.book.begin
+    ward.book.begin = _dying(ward.book.begin, when, "plan")  # type: ignore[method-assign]
+
+
+def _dying(call: Callable[..., Any], when: str, stage: str) -> Callable[..., Any]:
+    """The same call, before or after which the process dies."""
 
     def dies(*args: Any, **more: Any) -> Any:
-        _die(when, "plan before")
-        found = begin(*args, **more)
-        _die(when, "plan after")
+        _die(when, f"{stage} before")
+        found = call(*args, **more)
+        _die(when, f"{stage} after")
         return found
 
-    ward.book.begin = dies  # type: ignore[method-assign]
+    return dies
 
 
 if __name__ == "__main__":
