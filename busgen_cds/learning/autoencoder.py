@@ -197,13 +197,16 @@ class Likeness(nn.Module):
         self.requires_grad_(False)
 
     def forward(self, image: Tensor, other: Tensor) -> Tensor:
-        ours, theirs = self._features(image), self._features(other)
-        differences = [(a - b).square().sum(1).mean() for a, b in zip(ours, theirs, strict=True)]
-        return torch.stack(differences).sum()
+        return unlike_features(self.encoder((image + 1) / 2), self.encoder((other + 1) / 2))
 
-    def _features(self, image: Tensor) -> list[Tensor]:
-        features = self.encoder((image + 1) / 2)
-        return [F.normalize(f.float(), dim=1) for f in features[:-1]]
+
+def unlike_features(ours: list[Tensor], theirs: list[Tensor]) -> Tensor:
+    """The difference of an encoder's normalised features at strides 4, 8 and 16."""
+    pairs = [
+        (F.normalize(a.float(), dim=1), F.normalize(b.float(), dim=1))
+        for a, b in zip(ours[:-1], theirs[:-1], strict=True)
+    ]
+    return torch.stack([(a - b).square().sum(1).mean() for a, b in pairs]).sum()
 
 
 def discriminator() -> nn.Module:

@@ -168,8 +168,13 @@ def batch(images: data.Images, settings: Settings, step: int, team: processes.Te
     rng = np.random.default_rng((settings.seed, step))
     index = rng.integers(0, len(images), settings.batch)[team.rank :: team.world]
     image = torch.from_numpy(images.image[index])[:, None].float() / 127.5 - 1
-    moved = [shifted(one, rng, settings.shift) for one in image]
-    return torch.stack([one.flip(-1) if rng.random() < 0.5 else one for one in moved])
+    return moved(image, rng, settings.shift)
+
+
+def moved(images: Tensor, rng: np.random.Generator, most: int) -> Tensor:
+    """Each image shifted, and half of them mirrored."""
+    shifts = [shifted(one, rng, most) for one in images]
+    return torch.stack([one.flip(-1) if rng.random() < 0.5 else one for one in shifts])
 
 
 def shifted(image: Tensor, rng: np.random.Generator, most: int) -> Tensor:
@@ -250,19 +255,20 @@ def scale(coder: Autoencoder, images: data.Images, device: torch.device) -> None
     coder.measure(torch.cat(latents))
 
 
-def save(path: Path, run: Run, settings: Settings) -> None:
+def save(path: Path, run: Run, settings: Any, **notes: Any) -> None:
+    """The run as it stands; `notes` are what else its recipe goes on with."""
     tensors = {f"coder.{k}": v for k, v in run.coder.state_dict().items()}
     tensors |= {f"average.{k}": v for k, v in run.average.state_dict().items()}
     tensors |= {f"critic.{k}": v for k, v in run.critic.state_dict().items()}
     tensors |= checkpoint.optimiser_tensors(run.optimiser)
     tensors |= {f"critic_{k}": v for k, v in checkpoint.optimiser_tensors(run.critic_optimiser).items()}
-    checkpoint.write(path, tensors, {"step": run.step, "settings": describe(settings)})
+    checkpoint.write(path, tensors, {"step": run.step, "settings": describe(settings)} | notes)
 
 
-def restore(path: Path, run: Run, settings: Settings) -> None:
-    """Go on where the run stood; nothing happens where none was."""
+def restore(path: Path, run: Run, settings: Any) -> dict[str, Any]:
+    """Go on where the run stood; returns its notes, none where no run was."""
     if not path.exists():
-        return
+        return {}
     tensors, notes = checkpoint.read(path)
     same_settings(path, notes["settings"], describe(settings))
     run.coder.load_state_dict(checkpoint.part(tensors, "coder."))
@@ -273,6 +279,7 @@ def restore(path: Path, run: Run, settings: Settings) -> None:
         run.critic_optimiser, {k.removeprefix("critic_"): v for k, v in tensors.items() if k.startswith("critic_")}
     )
     run.step = int(notes["step"])
+    return notes
 
 
 def same_settings(path: Path, then: dict[str, Any], now: dict[str, Any]) -> None:

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from busgen_cds.errors import Misconfigured
-from busgen_cds.learning import autoencoder, checkpoint, data, fidelity
+from busgen_cds.learning import autoencoder, data, fidelity
 from busgen_cds.learning.autoencoder import Autoencoder
 from busgen_cds.learning.encoders import Encoder
 from busgen_cds.learning.generator import Generator
@@ -103,15 +103,9 @@ class Critic(nn.Module):
 
 
 @dataclass
-class Run:
+class Run(autoencode.Run):
     """What a checkpoint holds."""
 
-    coder: Autoencoder
-    average: Autoencoder
-    critic: Critic
-    optimiser: torch.optim.Optimizer
-    critic_optimiser: torch.optim.Optimizer
-    step: int = 0
     ratio: float = 0.0  # of the comparison's pull on the pictures to the critic's
     told: list[float] = field(default_factory=list)
 
@@ -140,7 +134,8 @@ def train(
     run = begin(makes.coder, settings, device)
 
     # Restore.
-    restore(out / CHECKPOINT, run, settings)
+    if notes := autoencode.restore(out / CHECKPOINT, run, settings):
+        run.ratio, run.told = notes["ratio"], notes["told"]
     began, first = time.monotonic(), run.step
 
     # Loop.
@@ -154,7 +149,7 @@ def train(
             tell(Report(run.step, difference, spectrum, float(np.mean(run.told)), speed))
             run.told.clear()
         if run.step % settings.save_every == 0 or last:
-            save(out / CHECKPOINT, run, settings)
+            autoencode.save(out / CHECKPOINT, run, settings, ratio=run.ratio, told=run.told)
 
     # Join the better drawing to the flow as it was.
     card = dataclasses.replace(
@@ -195,8 +190,7 @@ def batch(images: data.Images, settings: Settings, step: int) -> Tensor:
     rng = np.random.default_rng((settings.seed, 5, step))
     index = rng.integers(0, len(images), settings.batch)
     image = torch.from_numpy(images.image[index])[:, None].float() / 127.5 - 1
-    moved = [autoencode.shifted(one, rng, settings.shift) for one in image]
-    return torch.stack([one.flip(-1) if rng.random() < 0.5 else one for one in moved])
+    return autoencode.moved(image, rng, settings.shift)
 
 
 def step(run: Run, eye: Encoder, image: Tensor, s: Settings) -> float:
@@ -227,7 +221,7 @@ def _draw_better(
         there = drawn.detach().requires_grad_(True)
         found = eye((there + 1) / 2)
         alike = F.l1_loss(F.avg_pool2d(there, LOW), F.avg_pool2d(image, LOW)) + s.exact * F.l1_loss(there, image)
-        alike = alike + s.likeness * unlike_features(found, seen)
+        alike = alike + s.likeness * autoencoder.unlike_features(found, seen)
         alike = alike + s.spectrum * F.l1_loss(fidelity.spectra(there), fidelity.spectra(image))
         pleased = -torch.stack([word.float().mean() for word in run.critic(there, found)]).mean()
     run.critic.requires_grad_(True)
@@ -252,15 +246,6 @@ def _look_closer(run: Run, images: list[Tensor], features: list[list[Tensor]], s
     return float(told.detach())
 
 
-def unlike_features(ours: list[Tensor], theirs: list[Tensor]) -> Tensor:
-    """The difference of normalised features at strides 4, 8 and 16, as `autoencoder.Likeness` has it."""
-    pairs = [
-        (F.normalize(a.float(), dim=1), F.normalize(b.float(), dim=1))
-        for a, b in zip(ours[:-1], theirs[:-1], strict=True)
-    ]
-    return torch.stack([(a - b).square().sum(1).mean() for a, b in pairs]).sum()
-
-
 def _pull(loss: Tensor, pictures: Tensor) -> float:
     """How strongly a loss pulls at the pictures."""
     (gradient,) = torch.autograd.grad(loss, pictures, retain_graph=True)
@@ -279,32 +264,3 @@ def unlike(coder: Autoencoder, images: data.Images, device: torch.device) -> tup
         real.append(image)
     one, other = torch.cat(real), torch.cat(drawn)
     return float((one - other).abs().mean()), fidelity.spectral(one, other)
-
-
-def save(path: Path, run: Run, settings: Settings) -> None:
-    tensors = {f"coder.{k}": v for k, v in run.coder.state_dict().items()}
-    tensors |= {f"average.{k}": v for k, v in run.average.state_dict().items()}
-    tensors |= {f"critic.{k}": v for k, v in run.critic.state_dict().items()}
-    tensors |= checkpoint.optimiser_tensors(run.optimiser)
-    tensors |= {f"critic_{k}": v for k, v in checkpoint.optimiser_tensors(run.critic_optimiser).items()}
-    checkpoint.write(
-        path,
-        tensors,
-        {"step": run.step, "ratio": run.ratio, "told": run.told, "settings": autoencode.describe(settings)},
-    )
-
-
-def restore(path: Path, run: Run, settings: Settings) -> None:
-    """Go on where the run stood; nothing happens where none was."""
-    if not path.exists():
-        return
-    tensors, notes = checkpoint.read(path)
-    autoencode.same_settings(path, notes["settings"], autoencode.describe(settings))
-    run.coder.load_state_dict(checkpoint.part(tensors, "coder."))
-    run.average.load_state_dict(checkpoint.part(tensors, "average."))
-    run.critic.load_state_dict(checkpoint.part(tensors, "critic."))
-    checkpoint.restore_optimiser(run.optimiser, tensors)
-    checkpoint.restore_optimiser(
-        run.critic_optimiser, {k.removeprefix("critic_"): v for k, v in tensors.items() if k.startswith("critic_")}
-    )
-    run.step, run.ratio, run.told = int(notes["step"]), float(notes["ratio"]), list(notes["told"])
