@@ -73,34 +73,43 @@ class Settings(NamedTuple):
     viewer: str = ""
     pages: str = ""  # address of the product's pages; empty: what it says beside its reports is not asked for
     token_file: str = ""
+    url: str = ""  # of this Orthanc's own REST API; empty: at its loopback address
     problem: str = ""
 
 
-def read_settings(section: dict[str, Any]) -> Settings:
+# Each setting's name in Orthanc's configuration, and its field above.
+TEXTS = {"Modality": "modality", "Viewer": "viewer", "Pages": "pages", "TokenFile": "token_file", "Url": "url"}
+NUMBERS = {"RetrySeconds": "retry_seconds", "SweepDays": "sweep_days"}
+
+
+def read_settings(section: Any) -> Settings:
     """A mistake switches routing off and is said on every page; Orthanc itself starts all the same."""
-    known = {"Modality", "Rules", "RetrySeconds", "SweepDays", "Viewer", "Url", "Pages", "TokenFile"}
-    rules = tuple(section.get("Rules", DEFAULT_RULES))
-    wrong = [f'no such setting: "{name}"' for name in section if name not in known]
-    wrong += [complaint for number, rule in enumerate(rules, 1) for complaint in complaints(number, rule)]
-    return Settings(
-        str(section.get("Modality", "busgen-cds")),
-        rules,
-        float(section.get("RetrySeconds", 30)),
-        float(section.get("SweepDays", 30)),
-        str(section.get("Viewer", "")),
-        str(section.get("Pages", "")),
-        str(section.get("TokenFile", "")),
-        "; ".join(wrong),
-    )
+    if not isinstance(section, dict):
+        return Settings(problem='"BusgenCds" must be a section: {"Modality": …}')
+    wrong = [f'no such setting: "{name}"' for name in section if name not in {*TEXTS, *NUMBERS, "Rules"}]
+    found: dict[str, Any] = {field: str(section[name]) for name, field in TEXTS.items() if name in section}
+    for name in NUMBERS.keys() & section.keys():
+        if type(section[name]) in (int, float) and section[name] > 0:
+            found[NUMBERS[name]] = float(section[name])
+        else:
+            wrong.append(f'"{name}" must be a number above 0')
+    rules = section.get("Rules", DEFAULT_RULES)
+    wrong += complaints(rules)
+    return Settings(**found)._replace(rules=() if wrong else tuple(rules), problem="; ".join(wrong))
 
 
-def complaints(number: int, rule: Any) -> Iterator[str]:
-    if not isinstance(rule, dict) or not rule:
-        yield f"rule {number} must name at least one of {', '.join(TAGS)}"
+def complaints(rules: Any) -> Iterator[str]:
+    """What is wrong with rules, each with what would be right."""
+    if not isinstance(rules, list | tuple):
+        yield '"Rules" must be a list'
         return
-    for tag in rule:
-        if tag not in TAGS:
-            yield f'rule {number}: "{tag}" is not one of {", ".join(TAGS)}'
+    for number, rule in enumerate(rules, 1):
+        if not isinstance(rule, dict) or not rule:
+            yield f"rule {number} must name at least one of {', '.join(TAGS)}"
+            continue
+        for tag in rule:
+            if tag not in TAGS:
+                yield f'rule {number}: "{tag}" is not one of {", ".join(TAGS)}'
 
 
 def matching(rules: Iterable[dict[str, Any]], tags: dict[str, str]) -> int:
@@ -377,9 +386,10 @@ class Router:
                 self.api.put(f"/instances/{instance}/metadata/{SENT}", job["CompletionTime"])
 
     def failed(self, job: dict[str, Any]) -> None:
+        """What it did not bring there: another Orthanc, before its restart, may have seen to some of it already."""
         reason = job.get("ErrorDetails") or job["ErrorDescription"]
-        instances = instances_of(job)
-        if len(instances) > 1 and not SAME_FOR_ALL.search(reason):
+        instances = [instance for instance in instances_of(job) if not self.is_marked(instance)]
+        if len(instances_of(job)) > 1 and not SAME_FOR_ALL.search(reason):
             for instance in instances:  # so that the one that is refused holds up no other
                 self.send([instance])
             return
@@ -391,9 +401,12 @@ class Router:
         for study in {self.study_of(instance) for instance in instances} - {""}:
             self.keep_waiting(study, reason)
 
+    def is_marked(self, instance: str) -> bool:
+        return any(self.api.metadata(f"instances/{instance}", mark) for mark in (SENT, REFUSED))
+
     def keep_waiting(self, study: str, reason: str) -> None:
-        before = self.api.metadata(f"studies/{study}", PROBLEM)
-        since = json.loads(before)["since"] if before else datetime.now(UTC).isoformat(timespec="seconds")
+        before = noted(self.api, study)
+        since = before["since"] if before else datetime.now(UTC).isoformat(timespec="seconds")
         self.api.put(f"/studies/{study}/metadata/{PROBLEM}", json.dumps({"reason": reason, "since": since}))
         orthanc.LogWarning(
             f"BUSGen-CDS: study {study} waits, retried every {self.settings.retry_seconds:g} s: {reason}"
@@ -404,6 +417,7 @@ class Router:
 
     def retry(self, _: str) -> None:
         """One echo asks for all that wait: an outage must not fill Orthanc with jobs that cannot succeed."""
+        self.next_try = time.monotonic() + self.settings.retry_seconds  # whatever comes of this one
         try:
             self.api.post(f"/modalities/{self.settings.modality}/echo", {})
             self.outage = ""
@@ -412,8 +426,10 @@ class Router:
         if not self.outage:
             flying = self.in_flight()
             for study in sorted(self.waiting):
-                self.route(study, flying)
-        self.next_try = time.monotonic() + self.settings.retry_seconds
+                try:
+                    self.route(study, flying)
+                except Refused as refused:  # it holds up no other
+                    self.refused("stable", study, refused)
 
     def refused(self, kind: str, resource: str, refused: Refused) -> None:
         """Orthanc itself would not: kept at the study where there is one, and said in the log in any case."""
@@ -434,11 +450,20 @@ class Router:
 # What became of a study.
 
 
+def noted(api: Api, study: str) -> dict[str, str] | None:
+    """Why a study waits, and since when; what somebody else wrote in that place is no reason."""
+    try:
+        said = json.loads(api.metadata(f"studies/{study}", PROBLEM) or "null")
+    except ValueError:
+        return None
+    return said if isinstance(said, dict) and {"reason", "since"} <= said.keys() else None
+
+
 def status(api: Api, settings: Settings, identifier: str, outage: str = "") -> dict[str, Any]:
     """The badge: one state, one line of text, and what they were made from."""
     images = outgoing(api, settings, identifier)
     answer = newest_answer(api, identifier)
-    problem = json.loads(api.metadata(f"studies/{identifier}", PROBLEM) or "null")
+    problem = noted(api, identifier)
     if outage and images.unsent:
         problem = {"since": "", **(problem or {}), "reason": outage}
     if images.sent and not images.unsent and not answer:
@@ -576,10 +601,9 @@ def clock(stamp: str) -> str:
 # The doors: Orthanc's callbacks, its REST API, its Explorer.
 
 CONFIGURATION = json.loads(orthanc.GetConfiguration())
-SECTION = CONFIGURATION.get("BusgenCds", {})
-SETTINGS = read_settings(SECTION)
+SETTINGS = read_settings(CONFIGURATION.get("BusgenCds", {}))
 LOOPBACK = f"{'https' if CONFIGURATION.get('SslEnabled') else 'http'}://127.0.0.1:{CONFIGURATION.get('HttpPort', 8042)}"
-API = Api(SECTION.get("Url", LOOPBACK), orthanc.GenerateRestApiAuthorizationToken())
+API = Api(SETTINGS.url or LOOPBACK, orthanc.GenerateRestApiAuthorizationToken())
 ROUTER = Router(API, SETTINGS)
 NEWS = {
     orthanc.ChangeType.ORTHANC_STARTED: "started",
@@ -631,10 +655,9 @@ def send_all(study: str) -> dict[str, Any]:
 
 
 def try_rules(asked: dict[str, Any]) -> dict[str, Any]:
-    rules = tuple(asked.get("rules", SETTINGS.rules))
-    wrong = [complaint for number, rule in enumerate(rules, 1) for complaint in complaints(number, rule)]
-    if wrong:
-        raise Refused(400, "; ".join(wrong))
+    rules = asked.get("rules", SETTINGS.rules)
+    if wrong := "; ".join(complaints(rules)):
+        raise Refused(400, wrong)
     if "study" not in asked:
         return verdict(rules, asked.get("tags", {}))
     found = series_of(API, API.get(f"/studies/{asked['study']}"))
@@ -642,11 +665,11 @@ def try_rules(asked: dict[str, Any]) -> dict[str, Any]:
 
 
 def overview() -> dict[str, Any]:
-    waiting = {study: API.metadata(f"studies/{study}", PROBLEM) for study in tuple(ROUTER.waiting)}
+    waiting = [(study, noted(API, study)) for study in sorted(ROUTER.waiting)]
     return {
         "modality": SETTINGS.modality,
         "problem": SETTINGS.problem or ROUTER.outage,
-        "waiting": [{"study": study, **json.loads(why)} for study, why in sorted(waiting.items()) if why],
+        "waiting": [{"study": study, **why} for study, why in waiting if why],
         "retry_seconds": SETTINGS.retry_seconds,
     }
 

@@ -120,6 +120,35 @@ def test_content_that_is_refused_is_sent_once(tmp_path: Path) -> None:
         clinic.is_sent(study, images=1)
 
 
+def test_refusal_before_a_restart_repeats_nothing(tmp_path: Path) -> None:
+    """After a restart, the job that one refused instance had ended does not send the others of its study again."""
+    with opened(tmp_path) as clinic:
+        clinic.product.refuses.add(MULTI_FRAME)
+        study = clinic.takes([images.breast_image(seed=0, number=9, cine=3), *images.breast_study(2)])
+        wait_for(lambda: clinic.badge(study)["images"]["sent"] == 2, 15, "the others were held up")
+        clinic.shows(study, "refused: ")
+        before = clinic.sends()
+        clinic.pacs.stop()
+        clinic.pacs.start()
+        late = clinic.takes(images.breast_study(1, seed=7))
+        clinic.is_sent(late, images=1)
+        assert clinic.sends() == before + 1
+        assert clinic.badge(study)["images"] == {"sent": 2, "unsent": 1, "sent_since_answer": 0}
+
+
+def test_a_foreign_note_at_a_study_stops_nothing(tmp_path: Path) -> None:
+    """What another program wrote in the plugin's place at a study keeps no study from being shown, retried and sent."""
+    with opened(tmp_path, product_is_up=False) as clinic:
+        studies = [clinic.takes(images.breast_study(1, seed=seed)) for seed in (1, 2)]
+        for study in studies:
+            clinic.pacs.request("PUT", f"/studies/{study}/metadata/4118", b"call the ward")
+        for study in studies:
+            clinic.shows(study, "cannot be reached")
+        clinic.product.comes_up()
+        for study in studies:
+            clinic.is_sent(study, images=1)
+
+
 @pytest.mark.parametrize("end", ["stop", "kill"])
 def test_restart_forgets_nothing_and_repeats_nothing(tmp_path: Path, end: str) -> None:
     """What waited when Orthanc was stopped or killed is sent after its start; what had been sent is not sent again."""

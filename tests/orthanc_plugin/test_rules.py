@@ -88,14 +88,23 @@ def test_wrong_rule_is_refused(clinic: Clinic, rule: dict[str, Any], complaint: 
     assert complaint in str(refused.value).replace("\\", "")
 
 
-def test_wrong_configuration_routes_nothing_and_says_so(tmp_path: Path) -> None:
-    """With a wrong rule in its configuration Orthanc starts and stores; nothing is routed, and each badge says why."""
-    with opened(tmp_path, BusgenCds={"Rules": [{"Modalty": "US"}], "Retry": 3}) as clinic:
+@pytest.mark.parametrize(
+    ("section", "complaints"),
+    [
+        ({"Rules": [{"Modalty": "US"}], "Retry": 3}, ('no such setting: "Retry"', '"Modalty" is not one of')),
+        ({"Rules": None, "RetrySeconds": "soon", "SweepDays": 0}, ('"Rules" must be a list', '"SweepDays" must be')),
+    ],
+)
+def test_wrong_configuration_routes_nothing_and_says_so(
+    tmp_path: Path, section: dict[str, Any], complaints: tuple[str, ...]
+) -> None:
+    """With a mistake in its configuration Orthanc starts and stores; nothing is routed, and each badge says why."""
+    with opened(tmp_path, BusgenCds=section) as clinic:
         study = clinic.takes(images.breast_study(1))
         time.sleep(2)
         badge = clinic.badge(study)
         assert badge["state"] == "refused"
-        assert 'no such setting: "Retry"' in badge["text"] and '"Modalty" is not one of' in badge["text"]
+        assert all(complaint in badge["text"] for complaint in complaints)
         assert clinic.sends() == 0
 
 
