@@ -40,6 +40,7 @@ from urllib.parse import urlencode, urlsplit
 import orthanc
 
 MANUFACTURER = "BUSGen-CDS"
+NOT_ANALYSED = "NOT ANALYSED"  # how the report of a declined study begins
 # User metadata of Orthanc are numbers from 1024; these four are ours.
 SENT = "4117"  # at an instance: when the product had taken it
 PROBLEM = "4118"  # at a study: why it waits
@@ -53,8 +54,10 @@ DEFAULT_RULES = (
     {"Modality": "US", "StudyDescription": "*MAMM*"},
 )
 UNFINISHED = ("Pending", "Running", "Paused", "Retry")
-# Orthanc's words when nobody answered, and when it would be the same for every instance (0xA7xx: out of resources).
+# Orthanc's words when nobody answered, when the product would not speak with this Orthanc, and when it would be the
+# same for every instance (0xA7xx: out of resources).
 NO_ANSWER = re.compile(r"connecting to AET(?!.*Rejected)|Peer aborted|Timeout")
+REJECTED = re.compile(r"connecting to AET.*Rejected")
 SAME_FOR_ALL = re.compile(r"connecting to AET|DIMSE status 0xA7")
 # PS3.4 B.2.3, PS3.7 C.5: data set and class do not match, cannot be understood, known with other content.
 FOR_GOOD = re.compile(r"DIMSE status 0x(A9|C[0-9A-F]|0111)", re.IGNORECASE)
@@ -64,7 +67,7 @@ FOR_GOOD = re.compile(r"DIMSE status 0x(A9|C[0-9A-F]|0111)", re.IGNORECASE)
 
 
 class Settings(NamedTuple):
-    """The section "BusgenCds" of Orthanc's configuration; README.md says what each field means."""
+    """The section "BusgenCds" of Orthanc's configuration; deploy/orthanc/orthanc.json says what each field means."""
 
     modality: str = "busgen-cds"
     rules: tuple[dict[str, Any], ...] = DEFAULT_RULES
@@ -461,17 +464,13 @@ def noted(api: Api, study: str) -> dict[str, str] | None:
 
 def status(api: Api, settings: Settings, identifier: str, outage: str = "") -> dict[str, Any]:
     """The badge: one state, one line of text, and what they were made from."""
+    study_uid = api.get(f"/studies/{identifier}")["MainDicomTags"]["StudyInstanceUID"]
     images = outgoing(api, settings, identifier)
     answer = newest_answer(api, identifier)
-    problem = noted(api, identifier)
+    problem = noted(api, identifier) if images.unsent else None
     if outage and images.unsent:
         problem = {"since": "", **(problem or {}), "reason": outage}
-    if images.sent and not images.unsent and not answer:
-        said = asked_product(settings, api.get(f"/studies/{identifier}")["MainDicomTags"]["StudyInstanceUID"])
-        if said:
-            problem = None
-    else:
-        said = None
+    said = asked_product(settings, study_uid) if images.sent and not images.unsent and not answer else None
     sent_since = [mark for mark in images.sent.values() if answer and mark[:15] > answer["received"]]
     state, text = said or describe(settings, images, answer, problem, len(sent_since))
     return {
@@ -485,8 +484,16 @@ def status(api: Api, settings: Settings, identifier: str, outage: str = "") -> d
             "unsent": len(images.unsent) + len(images.refused),
             "sent_since_answer": len(sent_since),
         },
-        "viewer": settings.viewer,
+        "viewer": viewer_link(settings, study_uid, answer),
     }
+
+
+def viewer_link(settings: Settings, study_uid: str, answer: dict[str, Any] | None) -> str:
+    """Where the viewer shows the study: at our newest report, where there is one."""
+    if not settings.viewer:
+        return ""
+    asked = {"StudyInstanceUIDs": study_uid} | ({"initialSeriesInstanceUID": answer["series"]} if answer else {})
+    return f"{settings.viewer.rstrip('/')}/viewer?{urlencode(asked)}"
 
 
 def asked_product(settings: Settings, study_uid: str) -> tuple[str, str] | None:
@@ -530,9 +537,8 @@ def describe(
     waits = why_waiting(images, problem)
     if answer:
         more = f"; {waits[1]}" if waits else (f"; {sent_since} sent since" if sent_since else "")
-        return (
-            waits[0] if waits else "delivered"
-        ), f"AI: {answer['says']}, delivered {clock(answer['received'])}{more}"
+        state = "not analysed" if answer["says"].startswith(NOT_ANALYSED) else "delivered"
+        return waits[0] if waits else state, f"AI: {answer['says']}, delivered {clock(answer['received'])}{more}"
     if waits:
         return waits
     if images.sent:
@@ -548,29 +554,37 @@ def why_waiting(images: Outgoing, problem: Any) -> tuple[str, str] | None:
         return "waiting", f"{len(images.unsent)} waiting to be sent"
     if NO_ANSWER.search(problem["reason"]):
         return "waiting", f"waiting, the AI cannot be reached: {problem['reason']}"
+    if REJECTED.search(problem["reason"]):
+        where = "`busgen-cds queue` on its machine says why"
+        return "refused", f"refused: the AI does not accept this Orthanc; {where}: {problem['reason']}"
     return "refused", f"refused: {problem['reason']}"
 
 
 def newest_answer(api: Api, identifier: str) -> dict[str, Any] | None:
     """Our newest report in the study: what it says, and when Orthanc received it (UTC)."""
     reports = [
-        (int(series.tags.get("SeriesNumber") or 0), api.metadata(f"instances/{instance}", "ReceptionDate"), instance)
+        (
+            int(series.tags.get("SeriesNumber") or 0),
+            api.metadata(f"instances/{instance}", "ReceptionDate"),
+            instance,
+            series.tags["SeriesInstanceUID"],
+        )
         for series in series_of(api, api.get(f"/studies/{identifier}"))
         if ours(series.tags) and series.tags.get("Modality") == "SR"
         for instance in series.instances
     ]
     if not reports:
         return None
-    number, received, instance = max(reports)
+    number, received, instance, series_uid = max(reports)
     says = in_short(api.get(f"/instances/{instance}/simplified-tags").get("ContentSequence", []))
-    return {"says": says, "received": received, "instance": instance, "series_number": number}
+    return {"says": says, "received": received, "instance": instance, "series": series_uid, "series_number": number}
 
 
 def in_short(content: list[dict[str, Any]]) -> str:
     """A report's most suspicious category, or that it found nothing, or that it did not analyse the study."""
     items = list(walk(content))
     for item in items:
-        if str(item.get("TextValue", "")).startswith("NOT ANALYSED"):
+        if str(item.get("TextValue", "")).startswith(NOT_ANALYSED):
             return str(item["TextValue"])
     categories = [code(item, "ConceptCodeSequence")["CodeMeaning"] for item in items if is_category(item)]
     return max((meaning.split(" ")[0] for meaning in categories), default="no lesion found")
@@ -654,12 +668,14 @@ def send_all(study: str) -> dict[str, Any]:
     return {"study": study, "asked": True}
 
 
-def try_rules(asked: dict[str, Any]) -> dict[str, Any]:
+def try_rules(asked: Any) -> dict[str, Any]:
+    if not isinstance(asked, dict) or not isinstance(asked.get("tags", {}), dict):
+        raise Refused(400, 'ask with {"tags": {…}} or {"study": "Orthanc id"}, and "rules": […] to try others')
     rules = asked.get("rules", SETTINGS.rules)
     if wrong := "; ".join(complaints(rules)):
         raise Refused(400, wrong)
     if "study" not in asked:
-        return verdict(rules, asked.get("tags", {}))
+        return verdict(rules, {tag: str(value) for tag, value in asked.get("tags", {}).items()})
     found = series_of(API, API.get(f"/studies/{asked['study']}"))
     return {"series": [{**verdict(rules, s.tags), "tags": {t: s.tags.get(t, "") for t in TAGS}} for s in found]}
 
@@ -681,7 +697,8 @@ def answer(output: orthanc.RestOutput, request: dict[str, Any], method: str, mak
     try:
         said, http_status = make(), 200
     except Refused as refused:
-        said, http_status = {"error": refused.details}, refused.status
+        unknown = "Orthanc has no such study" if refused.status == 404 else f"Orthanc answered {refused.status}"
+        said, http_status = {"error": refused.details or unknown}, refused.status
     except ValueError as unreadable:
         said, http_status = {"error": str(unreadable)}, 400
     text = json.dumps(said, indent=1)
@@ -696,7 +713,8 @@ def answer(output: orthanc.RestOutput, request: dict[str, Any], method: str, mak
 EXPLORER = """
 $('#study').live('pagebeforecreate', function () {
   var badge = $('<p>').attr('id', 'busgen-badge').attr('role', 'status')
-    .css({'margin': '8px 0', 'padding': '8px 12px', 'border-radius': '4px', 'color': '#fff', 'font-weight': 'bold'});
+    .css({'margin': '8px 0', 'padding': '8px 12px', 'border-radius': '4px', 'color': '#fff', 'font-weight': 'bold',
+      'text-shadow': 'none', 'overflow-wrap': 'anywhere'});
   var send = $('<a>').attr({'id': 'busgen-send', 'data-role': 'button', 'href': '#', 'data-icon': 'forward'})
     .text('Send to the AI');
   var view = $('<a>').attr({'id': 'busgen-view', 'data-role': 'button', 'href': '#', 'target': '_blank',
@@ -708,8 +726,8 @@ $('#study').live('pagebeforecreate', function () {
       success: refresh, error: function () { show({state: 'refused', text: 'AI: could not be asked'}); }});
   });
 });
-var COLOURS = {'delivered': '#1b5e20', 'waiting': '#8a5300', 'refused': '#a31515', 'not routed': '#555',
-  'not for us': '#37474f'};
+var COLOURS = {'delivered': '#1b5e20', 'not analysed': '#4a2a86', 'waiting': '#8a5300',
+  'refused': '#a31515', 'not routed': '#555', 'not for us': '#37474f'};
 function show(status) {
   $('#busgen-badge').text(status.text).css('background', COLOURS[status.state]).attr('data-state', status.state);
 }
@@ -718,11 +736,7 @@ function refresh() {
   var uuid = $.mobile.pageData.uuid;
   $.ajax({url: '../busgen-cds/studies/' + uuid, dataType: 'json', cache: false, success: function (status) {
     show(status);
-    $('#busgen-view').toggle(!!status.viewer);
-    $.getJSON('../studies/' + uuid, function (study) {
-      var uid = study.MainDicomTags.StudyInstanceUID;
-      $('#busgen-view').attr('href', status.viewer + '/viewer?StudyInstanceUIDs=' + uid);
-    });
+    $('#busgen-view').toggle(!!status.viewer).attr('href', status.viewer);
   }});
 }
 $('#study').live('pageshow', refresh);

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
+from pathlib import Path
 from typing import Any
 
 import pytest
+from pydicom import dcmread
 
 from busgen_cds.result import Result
 from busgen_cds.study import Study
@@ -27,25 +30,29 @@ def two(study: Study) -> Result:
 
 
 @pytest.mark.parametrize(
-    ("seed", "answer", "says"),
+    ("seed", "answer", "state", "says"),
     [
-        (1, lambda study: answers.assessed(study, answers.finding(study.frames[0])), "AI: 4B, delivered "),
-        (2, two, "AI: 4C, delivered "),
-        (3, lambda study: answers.assessed(study), "AI: no lesion found, delivered "),
-        (4, lambda study: answers.declined(study, "Doppler only"), "AI: NOT ANALYSED: Doppler only, delivered "),
+        (1, lambda study: answers.assessed(study, answers.finding(study.frames[0])), "delivered", "AI: 4B, "),
+        (2, two, "delivered", "AI: 4C, "),
+        (3, lambda study: answers.assessed(study), "delivered", "AI: no lesion found, "),
+        (4, lambda study: answers.declined(study, "Doppler only"), "not analysed", "AI: NOT ANALYSED: Doppler only, "),
     ],
     ids=["one finding", "two findings", "no finding", "declined"],
 )
-def test_badge_says_the_answer(clinic: Clinic, seed: int, answer: Any, says: str) -> None:
-    """The badge says the most suspicious category of our newest report, or why there is none, and when it came."""
+def test_badge_says_the_answer(clinic: Clinic, seed: int, answer: Any, state: str, says: str) -> None:
+    """The badge says the most suspicious category of our newest report, or why there is none, and when it came; a
+    declined study never looks like an answered one."""
     study = answers.breast(1, seed=seed)
     identifier = clinic.takes(images.breast_study(1, seed=seed))
     clinic.is_sent(identifier, images=1)
     clinic.is_answered(study, answer(study))
+    says += "delivered "
     badge = clinic.shows(identifier, says)
-    assert badge["state"] == "delivered"
+    assert badge["state"] == state
     assert badge["text"].removeprefix(says)[2] == ":", badge["text"]
-    assert badge["viewer"] == "http://viewer.example"
+    [report] = [dcmread(io.BytesIO(file)) for file in clinic.pacs.files(study.uid, Modality="SR")]
+    at = f"StudyInstanceUIDs={study.uid}&initialSeriesInstanceUID={report.SeriesInstanceUID}"
+    assert badge["viewer"] == f"http://viewer.example/viewer?{at}"
 
 
 def test_newer_revision_is_what_counts(clinic: Clinic) -> None:
@@ -66,3 +73,18 @@ def test_unknown_study_is_said(clinic: Clinic) -> None:
         clinic.pacs.get("/busgen-cds/studies/none")
     with pytest.raises(AssertionError, match="405"):
         clinic.pacs.request("DELETE", "/busgen-cds/studies/none")
+
+
+def test_product_that_accepts_nobody_is_said(tmp_path: Path) -> None:
+    """When the product does not know this Orthanc, the badge says so and where to look; allowed, the study goes."""
+    with opened(tmp_path, product_is_up=False) as clinic:
+        clinic.product.knows = ["SOMEBODY_ELSE"]
+        clinic.product.comes_up()
+        study = clinic.takes(images.breast_study(1, seed=30))
+        badge = clinic.shows(study, "the AI does not accept this Orthanc; `busgen-cds queue` on its machine says why")
+        assert badge["state"] == "refused"
+        clinic.product.goes_down()
+        clinic.product.knows = []
+        clinic.product.comes_up()
+        clinic.is_sent(study, images=1)
+        assert clinic.badge(study)["problem"] is None

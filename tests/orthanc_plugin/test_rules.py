@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,23 @@ def test_wrong_rule_is_refused(clinic: Clinic, rule: dict[str, Any], complaint: 
     with pytest.raises(AssertionError, match="400") as refused:
         tried(clinic, BREAST, rule)
     assert complaint in str(refused.value).replace("\\", "")
+
+
+@pytest.mark.parametrize(
+    ("asked", "complaint"),
+    [
+        ([], "ask with"),
+        ({"tags": "US"}, "ask with"),
+        ({"rules": 5}, "must be a list"),
+        ({"rules": {"Modality": "US"}}, "must be a list"),
+        ({"study": "none"}, "no such study"),
+    ],
+)
+def test_wrong_question_is_answered(clinic: Clinic, asked: Any, complaint: str) -> None:
+    """Whoever asks the rule test wrongly is told what was wrong, never that the plugin failed."""
+    with pytest.raises(AssertionError, match=r"40[04]") as refused:
+        clinic.pacs.request("POST", "/busgen-cds/rules", json.dumps(asked).encode())
+    assert complaint in str(refused.value)
 
 
 @pytest.mark.parametrize(

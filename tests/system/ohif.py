@@ -90,7 +90,6 @@ class Seat:
     def __init__(self, chromium: Any, url: str, size: Mapping[str, int] = SIZE) -> None:
         self.url = url
         self.context = chromium.new_context(viewport=dict(size), locale="en-GB", timezone_id="UTC")
-        self.context.add_init_script("localStorage.setItem('shownTours', JSON.stringify(['basicViewerTour']))")
         self.page = self.context.new_page()
         self.wrong: list[str] = []
         self.page.on("pageerror", lambda error: self.wrong.append(f"error: {error}"))

@@ -3,7 +3,8 @@ window.config = {
   routerBasename: null,
   extensions: [],
   modes: [],
-  customizationService: {},
+  // Without this the first opening on a machine lays a tour of eleven steps over the finding.
+  customizationService: { 'ohif.tours': { $set: [] } },
   showStudyList: true,
   maxNumberOfWebWorkers: 3,
   showWarningMessageForCrossOrigin: false,
