@@ -48,6 +48,7 @@ from busgen_cds.store.shadow import Shadow
 from busgen_cds.store.shelf import Shelf, Standing
 from busgen_cds.store.vault import Vault
 from busgen_cds.study import Study
+from busgen_cds.triage import Rule
 from busgen_cds.vision import assess, engine
 from busgen_cds.vision.engine import Device, Engine, Reading
 from busgen_cds.vision.live import Live
@@ -187,6 +188,11 @@ class Site:
     shelf: Shelf
     shadow: Shadow
     drift: Drift
+
+    @property
+    def triage(self) -> Rule:
+        """Who is looked at first, by this site's settings."""
+        return Rule(self.settings.triage.order, self.settings.triage.declined_above)
 
     def close(self) -> None:
         self.desk.close()

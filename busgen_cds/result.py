@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from busgen_cds.birads import Category, severity
+from busgen_cds.birads import Category
 from busgen_cds.study import NotAnalysed, Region, Side, Source
 
 Orientation = Literal["parallel", "not parallel"]
@@ -82,14 +82,6 @@ class Declined(Answer):
 
 
 Result = Assessed | Declined
-
-
-def triage(result: Result) -> int:
-    """Who is looked at first: declined ranks above category 3 (safety rule 4), nothing found last."""
-    if isinstance(result, Declined):
-        return 2
-    rank = severity(result.birads)
-    return rank if rank < 2 else rank + 1
 
 
 Kind = Literal["sr", "sc", "seg", "pr", "ko"]

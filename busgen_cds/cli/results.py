@@ -12,6 +12,7 @@ from busgen_cds.errors import Misconfigured
 
 if TYPE_CHECKING:
     from busgen_cds.app import Site
+    from busgen_cds.store.results import Entry
 
 app = typer.Typer()
 results_app = typer.Typer(no_args_is_help=True, help="What was said, and what became of it.")
@@ -20,9 +21,9 @@ WIDE = 100  # characters; from here on a table has room for a whole reference
 
 @results_app.command("list")
 def results_list(config: Config = HERE, limit: int = 50, triage: bool = False, as_json: Json = False) -> None:
-    """The latest results; `--triage` puts the most pressing first."""
+    """The latest results; `--triage` lists them as the worklist does, unread first, by the site's rule."""
     with opened(config) as site:
-        entries = site.results.listing(limit=limit, order="triage" if triage else "newest")
+        entries = _as_on_the_worklist(site, limit) if triage else site.results.listing(limit=limit)
     if as_json:
         return print_json([vars(each) for each in entries])
     rows = [
@@ -30,7 +31,7 @@ def results_list(config: Config = HERE, limit: int = 50, triage: bool = False, a
             each.ref[:8],
             f"{each.made_at.astimezone():%Y-%m-%d %H:%M}",
             each.outcome,
-            each.birads or each.reason,
+            each.birads or each.reason or "no lesion found",
             "" if each.probability is None else f"{100 * each.probability:.1f} %",
             each.revision,
         )
@@ -59,6 +60,14 @@ def results_resend(
     with opened(config) as site:
         asked = site.desk.resend(_full(site, ref), who=who, destination=to)
         out.print(f"Sent again: {', '.join(asked) or 'nothing; it has no destination'}.")
+
+
+def _as_on_the_worklist(site: Site, limit: int) -> list[Entry]:
+    from busgen_cds.store.worklist import Worklist
+
+    worklist = Worklist(site.database, site.vault, site.triage)
+    worklist.catch_up()
+    return site.results.named(worklist.answered(limit))
 
 
 def _full(site: Site, ref: str) -> str:

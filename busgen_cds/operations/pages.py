@@ -23,7 +23,6 @@ from busgen_cds.settings import Settings
 from busgen_cds.store import checkpoints, vault
 from busgen_cds.store.people import People
 from busgen_cds.store.shelf import Standing
-from busgen_cds.triage import Rule
 
 log = logging.getLogger("busgen_cds.operations.pages")
 
@@ -64,7 +63,7 @@ def of(site: Site, first_code: str = "") -> FastAPI:
             secure=chosen.web.secure,
             provider=_provider(chosen, site),
             studio=_studio(chosen),
-            triage=Rule(chosen.triage.order, chosen.triage.declined_above),
+            triage=site.triage,
         )
     )
 

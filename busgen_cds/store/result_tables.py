@@ -24,7 +24,6 @@ class ResultTable(Base):
     __table_args__ = (
         sa.UniqueConstraint("study_ref", "revision"),
         sa.Index("ix_result_current", "current", "made_at"),
-        sa.Index("ix_result_triage", "current", "triage", "made_at"),
         sa.Index("ix_result_alarm", "made_at", sqlite_where=ALARMING, postgresql_where=ALARMING),
         sa.Index(
             "uq_result_current",
@@ -45,7 +44,6 @@ class ResultTable(Base):
     reason: Mapped[str] = mapped_column(sa.Text)
     birads: Mapped[str | None] = mapped_column(sa.String(2))
     probability: Mapped[float | None]
-    triage: Mapped[int]
     images_read: Mapped[int]
     made_at: Mapped[datetime] = mapped_column(UtcTime)
     current: Mapped[bool]

@@ -5,7 +5,7 @@ Rules:
 - The same evidence read by the same bundle is kept once; a study has exactly one current result.
 - Objects are kept as bytes and never change, so that one UID never has two contents.
 - A newer result supersedes loudly: it names all that reached a destination, what was not yet sent is withdrawn,
-  and an act sounds the alarm when it ranks lower in triage.
+  and an act sounds the alarm when the category fell.
 - Documents and objects are sealed under the study's key: destroying that key shreds them.
 """
 
@@ -17,7 +17,7 @@ import secrets
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
@@ -25,7 +25,7 @@ from sqlalchemy.orm import Session
 from busgen_cds import signing
 from busgen_cds.birads import Category
 from busgen_cds.errors import Shredded, Transient, Untrusted
-from busgen_cds.result import Assessed, Rendered, Result, triage
+from busgen_cds.result import Assessed, Rendered, Result
 from busgen_cds.store import audit
 from busgen_cds.store.database import Base, Database
 from busgen_cds.store.deliveries import Addressee, Delivered, Deliveries, Delivery
@@ -34,8 +34,7 @@ from busgen_cds.store.result_document import from_document, outcome_of, to_docum
 from busgen_cds.store.result_tables import ALARMING, DeliveredTable, Outcome, RenderedTable, ResultTable
 from busgen_cds.store.vault import Vault
 from busgen_cds.study import NotForUs
-
-NOT_FOR_US = 0  # its place in triage: nobody waits for it
+from busgen_cds.triage import fell
 
 _tables = Base.metadata.tables
 _results, _rendered = _tables[ResultTable.__tablename__], _tables[RenderedTable.__tablename__]
@@ -57,7 +56,6 @@ class Entry:
     reason: str
     birads: Category | None
     probability: float | None
-    triage: int
     images_read: int
     made_at: datetime
     current: bool
@@ -203,11 +201,10 @@ class Results:
         *,
         limit: int = 100,
         before: datetime | None = None,
-        order: Literal["newest", "triage"] = "newest",
         outcome: Outcome | None = None,
         superseded: bool = False,
     ) -> list[Entry]:
-        """Results, newest or most pressing first; `before` pages on in order of time."""
+        """Results, newest first; `before` pages on."""
         query = sa.select(*_ENTRY).limit(limit)
         if not superseded:
             query = query.where(_results.c.current == sa.true())
@@ -215,10 +212,18 @@ class Results:
             query = query.where(_results.c.made_at < before)
         if outcome:
             query = query.where(_results.c.outcome == outcome)
-        newest = _results.c.made_at.desc()
-        by = (_results.c.triage.desc(), newest) if order == "triage" else (newest,)
         with self._database.reading() as session:
-            return [_entry(row) for row in session.execute(query.order_by(*by))]
+            return [_entry(row) for row in session.execute(query.order_by(_results.c.made_at.desc()))]
+
+    def named(self, refs: Sequence[str]) -> list[Entry]:
+        """These results, in this order."""
+        with self._database.reading() as session:
+            found = {
+                row.ref: _entry(row)
+                for start in range(0, len(refs), 500)
+                for row in session.execute(sa.select(*_ENTRY).where(_results.c.ref.in_(refs[start : start + 500])))
+            }
+        return [found[ref] for ref in refs if ref in found]
 
     def alarms(self, *, limit: int = 100) -> list[Entry]:
         """Current results that rank lower than the ones they replaced, or that recall them."""
@@ -384,8 +389,9 @@ def _entry_of(
     revision: int,
     bundle_digest: str,
 ) -> Entry:
-    rank = NOT_FOR_US if isinstance(answer, NotForUs) else triage(answer)
+    outcome = outcome_of(answer)
     stated = answer if isinstance(answer, Assessed) else None
+    birads = stated.birads if stated else None
     return Entry(
         ref=secrets.token_hex(16),
         study_ref=study_ref,
@@ -393,33 +399,30 @@ def _entry_of(
         evidence_digest=evidence_digest,
         bundle_digest=bundle_digest,
         instances=instances,
-        outcome=outcome_of(answer),
+        outcome=outcome,
         reason="" if isinstance(answer, Assessed) else answer.reason,
-        birads=stated.birads if stated else None,
+        birads=birads,
         probability=stated.probability if stated else None,
-        triage=rank,
         images_read=0 if isinstance(answer, NotForUs) else answer.images_read,
         made_at=now,
         current=True,
         supersedes=replaced.ref if replaced else None,
-        alarm=_alarm(replaced, rank, _said(answer)),
+        alarm=_alarm(replaced, outcome, birads),
     )
 
 
-def _said(answer: Result | NotForUs) -> str:
-    if isinstance(answer, Assessed):
-        return f"category {answer.birads}" if answer.birads else "no lesion found"
-    return "not analysed"
-
-
-def _alarm(replaced: Entry | None, rank: int, said: str) -> str:
+def _alarm(replaced: Entry | None, outcome: Outcome, birads: Category | None) -> str:
     """Safety rule 7: a fall is never quiet, whatever it falls to."""
-    if replaced is None or rank >= replaced.triage:
+    if replaced is None or not fell((replaced.outcome, replaced.birads), (outcome, birads)):
         return ""
-    before = "not analysed" if replaced.reason else "no lesion found"
-    if replaced.birads:
-        before = f"category {replaced.birads}"
-    return f"Revision {replaced.revision} said {before}; the one that replaces it says {said}."
+    before, now = _said(replaced.outcome, replaced.birads), _said(outcome, birads)
+    return f"Revision {replaced.revision} said {before}; the one that replaces it says {now}."
+
+
+def _said(outcome: Outcome, birads: Category | None) -> str:
+    if outcome != "assessed":
+        return "not analysed"
+    return f"category {birads}" if birads else "no lesion found"
 
 
 def _acts_of(entry: Entry, refs: Sequence[str], digests: Sequence[str], recalled: str) -> list[audit.Act]:

@@ -28,7 +28,7 @@ from busgen_cds.store.inbox import InstanceTable, StudyTable
 from busgen_cds.store.jobs import JobTable
 from busgen_cds.store.result_tables import DeliveredTable, DeliveryTable, ResultTable
 from busgen_cds.store.vault import Vault
-from busgen_cds.triage import LAST, Rule
+from busgen_cds.triage import Rule
 
 # How far a study has got, in this order.
 Stage = Literal["received", "answered", "delivered", "confirmed"]
@@ -163,6 +163,13 @@ class Worklist:
             query = query.order_by(_rows.c.place, _rows.c.received_at).limit(1)
             ref: str | None = session.execute(query).scalar()
         return ref
+
+    def answered(self, limit: int) -> list[str]:
+        """The current results in the order of the list, unread before read."""
+        query = sa.select(_rows.c.result_ref).where(_rows.c.result_ref.is_not(None))
+        query = query.order_by(_rows.c.read, _rows.c.place, _rows.c.received_at)
+        with self._database.reading() as session:
+            return list(session.execute(query.limit(limit)).scalars())
 
     def counts(self) -> Counts:
         query = sa.select(_followed.c.unread, _followed.c.stuck, _followed.c.read)
@@ -406,12 +413,9 @@ def _row(
 
 
 def _place(result: Any, stuck: str, rule: Rule) -> float:
-    outcome = result.outcome if result else ""
-    if outcome == "not-for-us":
-        return LAST
-    if not outcome:
-        return rule.place(None, None, unseen=bool(stuck))
-    return rule.place(result.birads, result.probability, unseen=outcome == "declined")
+    if result is None:
+        return rule.place("", stuck=bool(stuck))
+    return rule.place(result.outcome, result.birads, result.probability, stuck=bool(stuck))
 
 
 def _stuck(study: Any, job: Any, objects: list[Any]) -> tuple[Stuck, datetime | None, str]:

@@ -48,7 +48,6 @@ def ask(site: Site, studies: int) -> dict[str, dict[str, float]]:
     now = START + timedelta(days=400)
     questions: dict[str, Callable[[], Any]] = {
         "list newest": lambda: results.listing(limit=100),
-        "list by triage": lambda: results.listing(limit=100, order="triage"),
         "list page in the middle": lambda: results.listing(before=START + timedelta(minutes=studies // 2)),
         "search patient": lambda: results.search("PATIENT-77"),
         "search study": lambda: results.search("1.2.77"),
@@ -117,7 +116,7 @@ def _result(n: int, sealed: bytes) -> dict[str, Any]:
     return {
         "ref": _ref("result", n), "study_ref": _ref("study", n), "revision": 1, "evidence_digest": f"{n:064d}",
         "bundle_digest": "b" * 64, "instances": INSTANCES, "outcome": "assessed", "reason": "", "birads": "4A",
-        "probability": 0.05, "triage": n % 6, "images_read": INSTANCES, "made_at": START + timedelta(minutes=n),
+        "probability": 0.05, "images_read": INSTANCES, "made_at": START + timedelta(minutes=n),
         "current": True, "supersedes": None, "alarm": "It fell." if n % 20_000 == 0 else "", "accession_blind": f"{n}",
         "document": sealed,
     }  # fmt: skip
