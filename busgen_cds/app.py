@@ -25,6 +25,7 @@ from busgen_cds.bundle import Bundle
 from busgen_cds.dicom import files, intake, objects, outbox
 from busgen_cds.dicom.association import CommitmentReport, CommitmentRequest, Noted, Peer, Rules
 from busgen_cds.dicom.association import Desk as ReceivingDesk
+from busgen_cds.dicom.commitment import Speaker
 from busgen_cds.dicom.listener import Listener, ListenerConfig, Tls
 from busgen_cds.dicom.objects import EVERYWHERE, KINDS, Profile
 from busgen_cds.dicom.reporting import Reporter
@@ -279,11 +280,21 @@ def receiving_desk(chosen: Settings) -> ReceivingDesk:
         receive=site.inbox.receive,
         arrived=site.desk.arrived,
         association_closed=site.desk.association_closed,
-        committed=site.desk.committed,
+        committed=lambda word, speaker: site.desk.committed(word, partial(_is_node, chosen, speaker)),
         commitment=partial(_answer_for, site),
         report_later=Reporter(partial(_reports_to, chosen), noted).later,
         noted=noted,
     )
+
+
+def _is_node(chosen: Settings, speaker: Speaker, name: str) -> bool:
+    """Whether who speaks to our listener is the node of this name: by its title, from where the site says that the
+    title comes from (else it was not let in), or from the node's own host where the site says nothing of that."""
+    if (name, speaker.ae_title) not in ((each.name, each.ae_title) for each in chosen.nodes):
+        return False
+    rules = [each for each in chosen.listener.allow if each.ae_title == speaker.ae_title]
+    bound = bool(rules) and all(each.addresses or each.certificate_sha256 for each in rules)
+    return bound or node(chosen, name).lies_at(speaker.address)
 
 
 def _reports_to(chosen: Settings, calling_ae: str) -> outbox.Node | None:

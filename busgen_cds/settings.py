@@ -450,6 +450,11 @@ class Settings(BaseSettings):
     def path(self, path: Path) -> Path:
         return path if path.is_absolute() else self.home / path
 
+    @property
+    def checkpoints(self) -> Path | None:
+        """The folder of the record's checkpoints, where the site has one."""
+        return self.path(self.record.checkpoints) if self.record.checkpoints else None
+
 
 def read(file: Path, **overrides: Any) -> Settings:
     """Settings from a TOML file; every mistake names its field and what would be right."""

@@ -224,7 +224,7 @@ class Hospital:
                 arrived=lambda study_ref: self.desk.arrived(study_ref),
                 association_closed=lambda study_refs: self.desk.association_closed(study_refs),
                 commitment=_commits_nothing,
-                committed=lambda word: self.desk.committed(word),
+                committed=lambda word, who: self.desk.committed(word, lambda _name: who.ae_title == self.pacs.ae_title),
             ),
         )
         self.listener.start()

@@ -8,10 +8,14 @@ Rules:
 
 from __future__ import annotations
 
+import functools
 import getpass
+import inspect
 import json
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -30,13 +34,6 @@ app = typer.Typer()
 audit_app = typer.Typer(no_args_is_help=True, help="The record of acts.")
 keys_app = typer.Typer(no_args_is_help=True, help="The site key.")
 
-Who = Annotated[str, typer.Option(help="Only what this account, AE title or part of the program did.")]
-Kind = Annotated[str, typer.Option(help="Only acts whose kind begins like this.")]
-Study = Annotated[str, typer.Option(help="Only this study: our reference, Study Instance UID or accession number.")]
-Patient = Annotated[str, typer.Option(help="Only the studies of this patient id.")]
-Since = Annotated[str, typer.Option(help="From this day on, as 2026-01-31.")]
-Until = Annotated[str, typer.Option(help="Up to and with this day.")]
-
 
 def me() -> str:
     """Who runs this program."""
@@ -46,24 +43,55 @@ def me() -> str:
 # ---- The record of acts
 
 
+@dataclass(frozen=True)
+class Asked:
+    """Which acts are asked for: each field is an option of every verb that reads the record out."""
+
+    who: Annotated[str, typer.Option(help="Only what this account, AE title or part of the program did.")] = ""
+    kind: Annotated[str, typer.Option(help="Only acts whose kind begins like this.")] = ""
+    study: Annotated[
+        str, typer.Option(help="Only this study: our reference, Study Instance UID or accession number.")
+    ] = ""
+    patient: Annotated[str, typer.Option(help="Only the studies of this patient id.")] = ""
+    since: Annotated[str, typer.Option(help="From this day on, as 2026-01-31.")] = ""
+    until: Annotated[str, typer.Option(help="Up to and with this day.")] = ""
+
+    def at(self, site: Site) -> Wanted:
+        from busgen_cds.store.audit import Wanted
+        from busgen_cds.store.worklist import Worklist
+
+        if self.study and self.patient:
+            raise Misconfigured("Name a study or a patient: both at once are not looked for.")
+        named = self.study or self.patient
+        refs = Worklist(site.database, site.vault).studies_of(named) if named else None
+        since = day(self.since) if self.since else None
+        until = day(self.until, timedelta(days=1)) if self.until else None
+        return Wanted(self.who, self.kind, refs, since, until)
+
+
+def asked_for(verb: Callable[..., None]) -> Callable[..., None]:
+    """The verb with the fields of `Asked` as its options; it gets them as one value."""
+    filters = inspect.signature(Asked, eval_str=True).parameters
+    own = inspect.signature(verb, eval_str=True).parameters
+
+    @functools.wraps(verb)
+    def called(**given: Any) -> None:
+        verb(asked=Asked(**{name: given.pop(name) for name in filters}), **given)
+
+    options = [each for name, each in {**own, **filters}.items() if name != "asked"]
+    said = inspect.Signature([each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in options])
+    called.__signature__ = said  # type: ignore[attr-defined]  # what Typer reads
+    return called
+
+
 @audit_app.command("show")
-def show(
-    config: Config = HERE,
-    who: Who = "",
-    kind: Kind = "",
-    study: Study = "",
-    patient: Patient = "",
-    since: Since = "",
-    until: Until = "",
-    limit: int = 50,
-    as_json: Json = False,
-) -> None:
+@asked_for
+def show(asked: Asked, config: Config = HERE, limit: int = 50, as_json: Json = False) -> None:
     """The latest acts, newest first."""
     from busgen_cds.store import audit
 
     with opened(config) as site:
-        wanted = _wanted(site, who, kind, study, patient, since, until)
-        found = list(audit.entries(site.database, wanted, limit=limit, newest_first=True))
+        found = list(audit.entries(site.database, asked.at(site), limit=limit, newest_first=True))
         if as_json:
             return print_json([json.loads(each.line()) for each in found])
         rows = []
@@ -74,21 +102,17 @@ def show(
 
 
 @audit_app.command("export")
+@asked_for
 def export(
+    asked: Asked,
     to: Annotated[Path, typer.Argument(help="The file to write; - for standard output.")],
     config: Config = HERE,
-    who: Who = "",
-    kind: Kind = "",
-    study: Study = "",
-    patient: Patient = "",
-    since: Since = "",
-    until: Until = "",
 ) -> None:
     """Acts as they are hashed, oldest first, one JSON object a line. That they were read out is an act."""
     from busgen_cds.store import audit
 
     with opened(config) as site:
-        wanted = _wanted(site, who, kind, study, patient, since, until)
+        wanted = asked.at(site)
         with site.database.transaction() as session:
             audit.record(session, audit.Act("record exported", me(), ""))
         if str(to) == "-":
@@ -116,16 +140,12 @@ def verify(
     from busgen_cds.store import checkpoints as points
 
     with opened(config) as site:
-        folder = _checkpoint_folder(site)
-        where = checkpoints or ([folder] if folder and points.newest(folder) else [])
-        verdict = audit.verify(site.database, points.read(where, key))
+        held = points.read(checkpoints, key) if checkpoints else points.kept(site.settings.checkpoints, key)
+        verdict = audit.verify(site.database, held)
         if as_json:
             print_json({**vars(verdict), "sound": verdict.sound})
         else:
-            count = verdict.checkpoints
-            against = f"{count} checkpoints" if count else "no checkpoint: a cut tail would not show"
-            held = f"The record holds: {verdict.entries} entries, against {against}."
-            out.print(held if verdict.sound else f"The record does not hold. {verdict.reason}", soft_wrap=True)
+            out.print(str(verdict), soft_wrap=True)
         if not verdict.sound:
             raise typer.Exit(1)
 
@@ -139,21 +159,11 @@ def checkpoint(
     from busgen_cds.store import checkpoints as points
 
     with opened(config) as site:
-        folder = to or _checkpoint_folder(site)
+        folder = to or site.settings.checkpoints
         if folder is None:
             raise Misconfigured("Say where: --to FOLDER, or set record.checkpoints.")
         key = points.signer(site.settings.path(site.settings.record.key))
         out.print(f"Written: {points.export(site.database, folder, key)}", soft_wrap=True)
-
-
-def _wanted(site: Site, who: str, kind: str, study: str, patient: str, since: str, until: str) -> Wanted:
-    from busgen_cds.store.audit import Wanted
-    from busgen_cds.store.worklist import Worklist
-
-    named = study or patient
-    refs = Worklist(site.database, site.vault).studies_of(named) if named else None
-    end = day(until, timedelta(days=1)) if until else None
-    return Wanted(who, kind, refs, day(since) if since else None, end)
 
 
 def day(text: str, later: timedelta = timedelta()) -> datetime:
@@ -161,11 +171,6 @@ def day(text: str, later: timedelta = timedelta()) -> datetime:
         return datetime.fromisoformat(text).astimezone(UTC) + later
     except (ValueError, OverflowError) as broken:
         raise Misconfigured(f"{text!r} is not a day: write 2026-01-31.") from broken
-
-
-def _checkpoint_folder(site: Site) -> Path | None:
-    folder = site.settings.record.checkpoints
-    return site.settings.path(folder) if folder else None
 
 
 # ---- How safe is it?

@@ -28,7 +28,7 @@ from pydicom.dataset import Dataset
 from busgen_cds.arrival import Arrival, Incoming, Kept, NoRoom
 from busgen_cds.dicom import identity, peek
 from busgen_cds.dicom import upper_layer as ul
-from busgen_cds.dicom.commitment import Commitment, read_report
+from busgen_cds.dicom.commitment import Commitment, Speaker, read_report
 from busgen_cds.dicom.upper_layer import Accepted, Command, Fragment, Gone, Proposed, Released, Request, Wire
 
 log = logging.getLogger(__name__)
@@ -152,7 +152,8 @@ class Desk:
         False
     )  # on another association; False: no address
     noted: Callable[[Noted], None] = lambda _noted: None
-    committed: Callable[[Commitment], None] = lambda _word: None  # a PACS's word on what we sent it
+    # a PACS's word on what we sent it; False: it was another that was asked
+    committed: Callable[[Commitment, Speaker], bool] = lambda _word, _speaker: True
 
 
 class Places(Protocol):
@@ -425,8 +426,11 @@ class Association:
         except _UNREADABLE:
             self._answer(context, command, 0x0115, "The report on commitment cannot be understood")
             return
-        self._desk.committed(word)
-        self._answer(context, command, 0x0000)
+        if self._desk.committed(word, Speaker(self._calling, self._caller.address)):
+            self._answer(context, command, 0x0000)
+        else:
+            self._note("commitment not believed", "another system was asked for it")
+            self._answer(context, command, 0x0115, "Another system was asked for this")
 
     def _all_data(self, context: Accepted) -> bytes:
         raw = bytearray()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from pydicom.dataset import Dataset
 
@@ -24,6 +25,13 @@ class Commitment:
     transaction_uid: str
     kept: tuple[str, ...] = field(repr=False)
     failed: tuple[tuple[str, str], ...] = field(default=(), repr=False)
+
+
+class Speaker(NamedTuple):
+    """Who opened the association on which it was said: a title that was let in, from this address."""
+
+    ae_title: str
+    address: str
 
 
 def read_report(report: Dataset) -> Commitment:

@@ -79,6 +79,14 @@ class Node:
     def __str__(self) -> str:
         return f"{self.name} ({self.url or f'{self.ae_title}@{self.host}:{self.port}'})"
 
+    def lies_at(self, address: str) -> bool:
+        """Whether its host has this address."""
+        try:
+            found = {str(each[4][0]) for each in socket.getaddrinfo(self.host, None)}
+        except OSError:
+            return False
+        return address.removeprefix("::ffff:") in found
+
 
 class Sendable(Protocol):
     """A whole Part 10 file and how it is addressed: one of our own objects, or any other."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -183,16 +183,20 @@ class Desk:
         for each in deliveries:
             self.client.set_workflow_delay(_name(each), delay_seconds=0)
 
-    def committed(self, word: Commitment) -> None:
-        """A PACS's word on what it got from us, heard on an association of its own."""
+    def committed(self, word: Commitment, is_from: Callable[[str], bool]) -> bool:
+        """A PACS's word on what it got from us, heard on an association of its own; `is_from` says whether that was
+        opened by the node of a name. False: it was not by the one that was asked, and nothing is believed."""
         asked = self.deliveries.by_transaction(word.transaction_uid)
         if asked is None:
-            return
+            return True
+        if not is_from(asked.destination):
+            return False
         wait = self.waits.retry(asked.tries)
         again_at = datetime.now(UTC) + timedelta(seconds=wait)
         delivery = self.deliveries.heard(word.transaction_uid, word.kept, word.failed, again_at=again_at)
         if delivery is not None and delivery.state == "waiting":
             self.deliver(delivery, after_seconds=wait)
+        return True
 
     # -- an operator's verbs -----------------------------------------------------------------------------------------
 

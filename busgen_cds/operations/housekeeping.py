@@ -56,11 +56,10 @@ def let_go(site: Site, now: datetime | None = None) -> Applied:
 
 
 def write_checkpoint(site: Site, now: datetime | None = None) -> None:
-    """When the last one is old enough, and the record has grown."""
-    said = site.settings.record
-    if said.checkpoints is None:
+    """When the last one is old enough."""
+    said, folder, moment = site.settings.record, site.settings.checkpoints, now or datetime.now(UTC)
+    if folder is None:
         return
-    folder, moment = site.settings.path(said.checkpoints), now or datetime.now(UTC)
     last = checkpoints.newest(folder)
     if last is None or moment - last >= timedelta(hours=said.checkpoint_hours):
         key = checkpoints.signer(site.settings.path(said.key))

@@ -31,7 +31,6 @@ def of(site: Site, first_code: str = "") -> FastAPI:
     """The application; who knows the code may make the first account."""
     chosen = site.settings
     shown = Screen(site.inbox.instances, site.inbox.open)
-    kept_at = chosen.path(chosen.record.checkpoints) if chosen.record.checkpoints else None
 
     return web.create(
         web.Site(
@@ -52,7 +51,7 @@ def of(site: Site, first_code: str = "") -> FastAPI:
                 web.Node(each.name, each.url or f"{each.ae_title}@{each.host}:{each.port}", _gets(chosen, each.name))
                 for each in chosen.nodes
             ),
-            checkpoints=lambda: checkpoints.kept(kept_at),
+            checkpoints=lambda: checkpoints.kept(chosen.checkpoints),
             checks={"bundle": lambda: site.shelf.live().name.digest[:12]},
             models=_models(site),
             receives=web.Receives(

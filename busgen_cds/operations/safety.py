@@ -274,8 +274,7 @@ def _people(site: Site) -> Iterator[Rated]:
 
 
 def _record(site: Site) -> Iterator[Rated]:
-    name, folder = "record of acts", site.settings.record.checkpoints
-    where = site.settings.path(folder) if folder else None
+    name, where = "record of acts", site.settings.checkpoints
     verdict = audit.verify(site.database, checkpoints.kept(where))
     if not verdict.sound:
         yield Rated(

@@ -75,9 +75,9 @@ def read(paths: Iterable[Path], public: Path | None = None) -> list[Checkpoint]:
     return found
 
 
-def kept(folder: Path | None) -> list[Checkpoint]:
+def kept(folder: Path | None, public: Path | None = None) -> list[Checkpoint]:
     """All in a site's folder; none where it has no folder, or no checkpoint was written yet."""
-    return read([folder]) if folder and newest(folder) else []
+    return read([folder], public) if folder and newest(folder) else []
 
 
 def newest(folder: Path) -> datetime | None:

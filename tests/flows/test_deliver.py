@@ -127,7 +127,8 @@ def test_a_late_word_of_commitment_counts(tmp_path: Path) -> None:
         study = it.scanner.sends(a_lesion(1))
         first = it.waits_until(lambda: _asked(it))
         it.waits_until(lambda: _asked(it) not in ("", first))
-        it.desk.committed(Commitment(first, tuple(each.sop_instance_uid for each in it.result(study).delivered)))
+        uids = tuple(each.sop_instance_uid for each in it.result(study).delivered)
+        assert it.desk.committed(Commitment(first, uids), lambda name: name == it.pacs.name)
         it.settles()
         assert {each.state for each in it.result(study).delivered} == {"confirmed"}
 
@@ -153,7 +154,8 @@ def test_not_committed_again_and_again(tmp_path: Path) -> None:
         for _ in range(3):
             last = it.waits_until(lambda said=last: _asked(it) if _asked(it) not in ("", said) else "")
             uids = [each.sop_instance_uid for each in it.result(study).delivered]
-            it.desk.committed(Commitment(last, (), tuple((uid, "resource limitation") for uid in uids)))
+            lost = Commitment(last, (), tuple((uid, "resource limitation") for uid in uids))
+            assert it.desk.committed(lost, lambda name: name == it.pacs.name)
             (delivery,) = it.site.results.deliveries.under_way()
             delays.append((delivery.next_try_at - it.clock()).total_seconds())
         assert delays[0] < delays[1] < delays[2]

@@ -1,12 +1,15 @@
-"""`check` does not make its operator wait for systems that do not answer."""
+"""`check`: systems that do not answer make nobody wait; the record is held against its checkpoints."""
 
 from __future__ import annotations
 
 import time
 from pathlib import Path
 
-from busgen_cds import settings
-from busgen_cds.operations import checks
+import sqlalchemy as sa
+
+from busgen_cds import app, settings
+from busgen_cds.operations import checks, housekeeping
+from busgen_cds.store import audit, site_keys
 
 NODE = """
 [[nodes]]
@@ -29,3 +32,23 @@ def test_nodes_that_do_not_answer(tmp_path: Path) -> None:
     assert len(told) == 1 and all(name in told[0] for name in silent)
     assert [each.good for each in found] == [False] * 4
     assert all("check host, port, firewall, and that our title 'BUSGEN_CDS' is known there" in e.found for e in found)
+
+
+def test_a_cut_tail_of_the_record(tmp_path: Path) -> None:
+    """`check` holds the record against the site's checkpoints: a tail that was cut since is found, and named."""
+    text = '[site]\nname = "Here"\nprevalence = 0.1\n[listener]\nallow = []\n[record]\ncheckpoints = "points"\n'
+    chosen = settings.read(app.found(tmp_path / "site", text, site_keys.new_passphrase()))
+    with app.opened_site(chosen) as site:
+        with site.database.transaction() as session:
+            audit.record(session, *(audit.Act("log-in", f"reader {n}") for n in range(9)))
+        assert "against no checkpoint: a cut tail would not show" in _record(chosen).found
+        housekeeping.write_checkpoint(site)
+        assert _record(chosen).good and "9 entries, against 1 checkpoint." in _record(chosen).found
+        with site.database.transaction() as session:
+            session.execute(sa.text("DELETE FROM act WHERE number > 5"))
+    assert not _record(chosen).good
+    assert "A signed checkpoint names entry 9; the record ends before." in _record(chosen).found
+
+
+def _record(chosen: settings.Settings) -> checks.Checked:
+    return next(each for each in checks._site(chosen, lambda _line: None) if each.what == "record of acts")

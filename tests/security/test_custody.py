@@ -46,6 +46,8 @@ def test_the_record_is_shown_by_person_patient_study_and_day(site: Running, sent
         assert "is not a day" in site.runs("audit", "show", *wrong, code=2)
         assert "is not a day" in site.runs("audit", "export", tmp_path / "none.ndjson", *wrong, code=2)
     assert not (tmp_path / "none.ndjson").exists()
+    both = ("--study", words["Study Instance UID"], "--patient", "nobody")
+    assert "a study or a patient" in site.runs("audit", "show", *both, code=2)
     site.runs("audit", "export", tmp_path / "acts.ndjson")
     lines = (tmp_path / "acts.ndjson").read_text().splitlines()
     assert [json.loads(line)["number"] for line in lines] == list(range(1, len(lines) + 1))

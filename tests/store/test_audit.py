@@ -60,6 +60,17 @@ def test_a_cut_tail(record: Database) -> None:
     assert audit.verify(record).sound and audit.verify(record, [point]).first_bad == ENTRIES
 
 
+def test_a_checkpoint_over_a_rewritten_record(record: Database) -> None:
+    """Who rewrites the record and signs another checkpoint of the same length does not hide the one that left."""
+    left = audit.read_checkpoint(audit.checkpoint(record, signing.KeySigner(KEY), AT), VERIFIER)
+    with record.transaction() as session:
+        session.execute(sa.delete(ACTS))
+        audit.record(session, *(Act("another", "story") for _ in range(ENTRIES)), at=AT)
+    signed_after = audit.read_checkpoint(audit.checkpoint(record, signing.KeySigner(KEY), AT), VERIFIER)
+    for points in ([left, signed_after], [signed_after, left]):
+        assert audit.verify(record, points).first_bad == ENTRIES
+
+
 def test_a_forged_checkpoint(record: Database) -> None:
     """A checkpoint that no trusted key signed is no checkpoint."""
     stranger = signing.KeySigner(Ed25519PrivateKey.generate())
