@@ -209,7 +209,7 @@ def found(folder: Path, text: str, passphrase: str) -> Path:
     if file.exists():
         raise Misconfigured(f"{file} is there already: choose another folder, or change that site's settings.")
     chosen = settings.parse(text, file)  # whatever is wrong with it is said before anything is written
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     (folder / "keys").mkdir(mode=0o700, exist_ok=True)
     vault.write_key_file(folder / "keys" / "site.key")
     site_keys.make(folder / "keys", passphrase)

@@ -273,7 +273,9 @@ class Node(_Section):
     ae_title: str = Field(default="", max_length=16, description="Its AE title.")
     host: str = Field(default="", description="Its address.")
     port: Port = Field(default=104, description="Its DICOM port.")
-    url: str = Field(default="", description="Instead of DICOM: its DICOMweb root, for STOW-RS.")
+    url: str = Field(
+        default="", pattern=r"^(https?://.+)?$", description="Instead of DICOM: its DICOMweb root, for STOW-RS."
+    )
     tls: NodeTls | None = Field(default=None, description="TLS towards it.")
 
     @model_validator(mode="after")

@@ -79,6 +79,7 @@ REFUSED = "association refused"
 _C_STORE, _C_ECHO, _N_EVENT, _N_ACTION, _C_CANCEL = 0x0001, 0x0030, 0x0100, 0x0130, 0x0FFF
 _RESPONSE = 0x8000
 _LONGEST_ACTION = 16 << 20
+_MOST_UNHEARD = 50_000  # instances in reports that a peer has not answered
 _UNREADABLE = (AttributeError, ValueError, KeyError, TypeError, struct.error, EOFError, NotImplementedError)
 
 
@@ -213,8 +214,8 @@ def negotiate(proposed: Sequence[Proposed]) -> list[Accepted]:
 def _choose(context: Proposed) -> str:
     if context.abstract_syntax not in STORED:
         return next((str(syntax) for syntax in _UNCOMPRESSED if syntax in context.transfer_syntaxes), "")
-    preferred = [syntax for syntax in context.transfer_syntaxes if syntax and syntax != _LAST_RESORT]
-    return (preferred or [syntax for syntax in context.transfer_syntaxes if syntax] or [""])[0]
+    offered = [syntax for syntax in context.transfer_syntaxes if peek.is_uid(syntax)]
+    return next((syntax for syntax in offered if syntax != _LAST_RESORT), offered[0] if offered else "")
 
 
 def _within(address: str, networks: Sequence[str]) -> bool:
@@ -467,6 +468,9 @@ class Association:
         """On the same association, as PS3.4 J.3.3 allows; the answer to it is taken by `_other`."""
         self._events += 1
         self._unheard[self._events] = report
+        if sum(len(each.request.instances) for each in self._unheard.values()) > _MOST_UNHEARD:
+            self._wire.abort()
+            raise Gone("It asks for commitment on and on, and answers no report")
         command = ul.build_command(
             {
                 ul.AFFECTED_SOP_CLASS: COMMITMENT,

@@ -104,9 +104,9 @@ def _services() -> Iterator[str]:
     yield ""
     yield from _prose(
         "A report on storage commitment goes out on the association that asked for it. Who has hung up by then hears "
-        "it at the node that the site names for that sender (`report_to`); where none is named, the scanner asks again. "
-        "What a PACS reports on an association of its own is believed under the AE title of the node that was asked, from "
-        "the addresses that the site lists for that title, or else from the node's own."
+        "it at the node that the site names for that sender (`report_to`); where none is named, the scanner asks again."
+        " What a PACS reports on an association of its own is believed under the AE title of the node that was asked, "
+        "from the addresses that the site lists for that title, or else from the node's own."
     )
 
 

@@ -15,6 +15,7 @@ import http.client
 import io
 import json
 import logging
+import secrets
 import socket
 import ssl
 import threading
@@ -193,7 +194,12 @@ def _storage_contexts(objects: Iterable[Sendable]) -> list[PresentationContext]:
 
 # ---- STOW-RS (PS3.18 10.5)
 
-_BOUNDARY = "busgen-cds-object-boundary-5c1f6b3ad1"
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """Elsewhere our credentials are nobody's business, and what urllib sends there has lost the object."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
 
 
 def _stow(objects: Sequence[Sendable], to: Node) -> Iterator[Sent]:
@@ -202,6 +208,8 @@ def _stow(objects: Sequence[Sendable], to: Node) -> Iterator[Sent]:
         code, body = _post(each, to)
         if code in (401, 403):
             raise Misconfigured(f"{to} does not let us in (HTTP {code}): check the credentials of this destination.")
+        if 300 <= code < 400:
+            raise Misconfigured(f"{to} sends us elsewhere (HTTP {code}): correct the destination's url.")
         if code == 404:
             raise Misconfigured(f"{to} has no STOW-RS service (HTTP 404): check the destination's url.")
         if code >= 500 or code in (408, 425, 429):
@@ -212,16 +220,18 @@ def _stow(objects: Sequence[Sendable], to: Node) -> Iterator[Sent]:
 
 
 def _post(each: Sendable, to: Node) -> tuple[int, bytes]:
-    head = f"--{_BOUNDARY}\r\nContent-Type: application/dicom\r\n\r\n".encode()
-    body = head + each.data + f"\r\n--{_BOUNDARY}--\r\n".encode()
+    boundary = secrets.token_hex(16)  # nothing that was received can hold it
+    head = f"--{boundary}\r\nContent-Type: application/dicom\r\n\r\n".encode()
+    body = head + each.data + f"\r\n--{boundary}--\r\n".encode()
     request = urllib.request.Request(to.url.rstrip("/") + "/studies", data=body, method="POST")
-    request.add_header("Content-Type", f'multipart/related; type="application/dicom"; boundary={_BOUNDARY}')
+    request.add_header("Content-Type", f'multipart/related; type="application/dicom"; boundary={boundary}')
     request.add_header("Accept", "application/dicom+json")
     for name, value in to.headers:
         request.add_header(name, value)
     context = client(to.tls, to) if to.tls else None
+    asking = urllib.request.build_opener(_NoRedirect, urllib.request.HTTPSHandler(context=context))
     try:
-        with urllib.request.urlopen(request, timeout=to.timeout_seconds, context=context) as answer:
+        with asking.open(request, timeout=to.timeout_seconds) as answer:
             return int(answer.status), bytes(answer.read())
     except urllib.error.HTTPError as answer:
         return answer.code, _rest(answer)

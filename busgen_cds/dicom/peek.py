@@ -41,11 +41,16 @@ _UNDEFINED = 0xFFFFFFFF
 # PS3.5 7.1.2: these have a reserved field and a 32-bit length; all other VRs have a 16-bit length
 _LONG_VRS = frozenset({b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV"})
 _SHORT_VRS = frozenset(b"AE AS AT CS DA DS DT FD FL IS LO LT PN SH SL SS ST TM UI UL US".split())
+LONGEST_UID = 64  # PS3.5 9.1
 _UID = re.compile(r"[0-9]+(\.[0-9]+)*")
 
 
 class Corrupt(Exception):
     """These bytes are no data set of the transfer syntax they came in."""
+
+
+def is_uid(text: str) -> bool:
+    return len(text) <= LONGEST_UID and _UID.fullmatch(text) is not None
 
 
 @dataclass
@@ -106,9 +111,9 @@ class Reader:
         uid = self._found.get(tag, "")
         if not uid:
             raise Corrupt(f"The data set has no {name}.")
-        if len(uid) > 64:  # PS3.5 9.1
-            raise Corrupt(f"The {name} of the data set is longer than 64 characters.")
-        if not _UID.fullmatch(uid):
+        if len(uid) > LONGEST_UID:
+            raise Corrupt(f"The {name} of the data set is longer than {LONGEST_UID} characters.")
+        if not is_uid(uid):
             raise Corrupt(f"The {name} of the data set is not a UID.")
         return uid
 

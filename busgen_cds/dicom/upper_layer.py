@@ -366,7 +366,10 @@ def _item(kind: int, value: bytes) -> bytes:
 
 
 def _title(raw: bytes) -> str:
-    return raw.decode("latin-1").strip(" \0")
+    title = raw.decode("latin-1").strip(" \0")
+    if not title.isprintable():  # PS3.5 table 6.2-1: no control characters in an AE
+        raise ValueError("no title")
+    return title
 
 
 def _uid(raw: bytes) -> str:

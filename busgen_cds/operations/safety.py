@@ -20,6 +20,7 @@ from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import sqlalchemy as sa
 from cryptography import x509
 
 from busgen_cds import app, settings
@@ -94,15 +95,25 @@ def _account() -> Iterator[Rated]:
 
 def _files(chosen: Settings, file: Path) -> Iterator[Rated]:
     folder = chosen.path(chosen.storage.folder)
-    private = [folder, *(path for path in (file.parent / "keys").glob("*.key"))]
-    if chosen.listener.tls:
-        private.append(chosen.path(chosen.listener.tls.key))
-    open_ones = [path for path in private if path.exists() and stat.S_IMODE(path.stat().st_mode) & 0o077]
+    private = [path for path in (folder, *_secrets(chosen, file)) if path.exists()]
+    open_ones = [path for path in private if stat.S_IMODE(path.stat().st_mode) & 0o077]
     if open_ones:
         what = ", ".join(map(str, open_ones))
         yield Rated("files", "fail", f"others may look into {what}", f"chmod go= {what}")
     else:
-        yield Rated("files", "ok", f"{folder} and {len(private) - 1} keys are for this service alone")
+        yield Rated("files", "ok", f"{folder} and {len(private) - 1} files with secrets are for this service alone")
+
+
+def _secrets(chosen: Settings, file: Path) -> list[Path]:
+    """Every file that settings name for a key of ours, and the settings themselves when a password stands in them."""
+    tls = [chosen.listener.tls, chosen.record.syslog, *(each.tls for each in chosen.nodes)]
+    named = [each.key for each in tls if each and each.key]
+    named += [chosen.record.key, chosen.models.night_key, chosen.models.promoter_key]
+    found = {*map(chosen.path, named), *(file.parent / "keys").glob("*.key")}
+    databases = (chosen.storage.database, chosen.storage.workflows)
+    if any(url != "sqlite" and sa.make_url(url).password for url in databases):
+        found.add(file)
+    return sorted(found)
 
 
 def _site_key(site: Site) -> Iterator[Rated]:
@@ -201,7 +212,11 @@ def _without_certificate(name: str, host: str, port: int) -> Rated:
     try:
         with socket.create_connection((host, port), timeout=_SECONDS) as plain:
             context.wrap_socket(plain).close()
-    except (ssl.SSLError, ConnectionResetError):
+    except (ssl.SSLError, ConnectionResetError) as refused:
+        if isinstance(refused, ssl.SSLError) and "ALERT" not in (refused.reason or ""):
+            return Rated(
+                name, "fail", f"what listens on port {port} speaks no TLS", "look at what listens on that port"
+            )
         return Rated(name, "ok", "who shows no certificate is turned away")
     except OSError:
         return Rated(name, "warn", f"nothing listens on port {port}: not tried", "start the site, then look again")

@@ -115,6 +115,7 @@ class TokenTable(Base):
 
 
 _accounts, _sessions, _tokens = table_of(AccountTable), table_of(SessionTable), table_of(TokenTable)
+_LOCKED = sa.select(_accounts).with_for_update()  # one log-in of an account after the other: failures are counted
 
 
 @dataclass(frozen=True)
@@ -246,7 +247,7 @@ class People:
         right = self._is_right(name, password)
         with self._database.transaction() as session:
             now = self._clock()
-            row = session.execute(sa.select(_accounts).where(_accounts.c.name == name)).first()
+            row = session.execute(_LOCKED.where(_accounts.c.name == name)).first()
             refusal = self._refusal(row, right, now)
             if refusal:
                 self._note_failure(session, row, refusal, now)
@@ -299,7 +300,7 @@ class People:
         right = self._is_right(name, password)
         with self._database.transaction() as session:
             now = self._clock()
-            row = session.execute(sa.select(_accounts).where(_accounts.c.name == name)).first()
+            row = session.execute(_LOCKED.where(_accounts.c.name == name)).first()
             refusal = self._refusal(row, right, now) or self._code_refusal(row, code, now)
             if row is None or refusal:
                 self._note_failure(session, row, refusal, now)

@@ -7,7 +7,8 @@ Rules:
   and stands only in the database: destroying the study's key shreds the study's files, wherever copies of them lie.
 - Whatever is sealed names the site key it was sealed under, so that a key can be changed while the site runs:
   new things are sealed under the first key given, older ones are still opened.
-- A text, key or chunk that was altered, cut or moved does not open: Untrusted.
+- A text, key or chunk that was altered or cut does not open, nor a chunk that was moved, nor what was sealed with
+  `about` and is said to be about something else: Untrusted.
 
 The sealed file, version 1: all numbers are big-endian.
 

@@ -13,6 +13,7 @@ import secrets
 from pathlib import Path
 from typing import Any
 
+import sqlalchemy as sa
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.staticfiles import StaticFiles
@@ -82,6 +83,7 @@ def create(site: Site, *, slowest: float = auth.SLOWEST_BODY) -> FastAPI:
     app.add_exception_handler(RequestValidationError, _not_understood)
     for kind in _STATUS:
         app.add_exception_handler(kind, _known)
+    app.add_exception_handler(sa.exc.DataError, _unlike_any)
     app.add_exception_handler(Exception, _ours)
     return app
 
@@ -107,6 +109,10 @@ async def _not_understood(request: Request, error: Exception) -> Response:
 async def _known(request: Request, error: Exception) -> Response:
     status = next(status for kind, status in _STATUS.items() if isinstance(error, kind))
     return answer(request, status, str(error))
+
+
+async def _unlike_any(request: Request, _: Exception) -> Response:
+    return answer(request, 422, "Not understood: there are characters or numbers in it that no entry here can have.")
 
 
 async def _ours(request: Request, error: Exception) -> Response:

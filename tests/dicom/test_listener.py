@@ -392,6 +392,18 @@ def test_refusals_beyond_measure(tmp_path: Path) -> None:
     assert [line["who"] for line in noted][:2] == ["T0", "T1"], "the first are told one by one"
 
 
+def test_titles_and_syntaxes_that_are_none(tmp_path: Path) -> None:
+    """A title with control characters is no title, and a transfer syntax that is no UID is not taken: neither reaches
+    the record or a row, where one database takes it and another does not."""
+    with reception(tmp_path, config()) as (listener, _):
+        for calling, called in (("A\0B", "BUSGEN"), ("A", "BUS\nGEN"), ("\x1b[2J", "BUSGEN")):
+            with Scanner(listener.port, calling, called) as scanner, pytest.raises(Hung, match="pdu 7"):
+                scanner.associate()
+        with Scanner(listener.port) as scanner:
+            scanner.associate((US_IMAGE, ("1." + "2" * 70, "1.2\0.3", "any")), (US_IMAGE, ("1.2\0.3", EXPLICIT)))
+            assert scanner.results[1] == 4 and scanner.accepted[3] == EXPLICIT
+
+
 def test_nobody_on_the_list(tmp_path: Path) -> None:
     """An empty list lets nobody in."""
     with reception(tmp_path, config(peers=())) as (listener, _), pytest.raises(Hung, match="rejected"):

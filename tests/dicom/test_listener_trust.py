@@ -17,6 +17,7 @@ import pytest
 from pydicom.dataset import Dataset
 from pynetdicom import AE, evt
 
+from busgen_cds.dicom import association
 from busgen_cds.dicom.association import COMMITMENT, COMMITMENT_INSTANCE, Peer, Rules
 from busgen_cds.dicom.listener import Listener, ListenerConfig, Tls
 from busgen_cds.dicom.outbox import Node
@@ -211,6 +212,22 @@ def test_a_scanner_that_hung_up_without_an_address(tmp_path: Path) -> None:
             scanner.associate((US_IMAGE, (EXPLICIT,)), (COMMITMENT, (IMPLICIT,)))
             _ask(scanner, 3, _request((US_IMAGE, "9.9")))
         _until(lambda: any(line.get("kind") == "commitment not reported" for line in bell(tmp_path)))
+
+
+def test_who_answers_no_report_may_not_ask_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scanner that asks for commitment on and on and answers no report is sent away before it fills the memory."""
+    monkeypatch.setattr(association, "_MOST_UNHEARD", 50)
+    many = _request(*((US_IMAGE, f"1.2.{n}") for n in range(20)))
+    with listening(tmp_path) as listener, Scanner(listener.port) as scanner:
+        scanner.associate((US_IMAGE, (EXPLICIT,)), (COMMITMENT, (IMPLICIT,)))
+        for _ in range(2):
+            _ask(scanner, 3, many)
+            assert scanner.response()[0] == 0
+            _answer(scanner)
+        _ask(scanner, 3, many)
+        assert scanner.response()[0] == 0
+        with pytest.raises(Hung):
+            _answer(scanner)
 
 
 class _Ward:

@@ -92,14 +92,48 @@ def test_a_pacs_on_the_web_that_breaks_off(answer: bytes) -> None:
             list(outbox.send([files.open_file(a_lesion(1)[0])], to=node))
 
 
-def _answers(listening: socket.socket, answer: bytes) -> None:
+def test_a_pacs_on_the_web_that_sends_us_elsewhere() -> None:
+    """Behind a redirect an object is not stored, whatever is answered there, and our credentials do not go there."""
+    with socket.create_server(("127.0.0.1", 0)) as listening, socket.create_server(("127.0.0.1", 0)) as elsewhere:
+        elsewhere.setblocking(False)
+        to = f"Location: http://127.0.0.1:{elsewhere.getsockname()[1]}/login"
+        answer = f"HTTP/1.1 302 Found\r\n{to}\r\nContent-Length: 0\r\n\r\n".encode()
+        threading.Thread(target=_answers, args=(listening, answer), daemon=True).start()
+        node = Node("web", url=f"http://127.0.0.1:{listening.getsockname()[1]}", timeout_seconds=5)
+        node = replace(node, headers=(("Authorization", "Basic secret"),))
+        with pytest.raises(Misconfigured, match="sends us elsewhere"):
+            list(outbox.send([files.open_file(a_lesion(1)[0])], to=node))
+        with pytest.raises(BlockingIOError):
+            elsewhere.accept()
+
+
+def test_no_image_can_end_its_own_part() -> None:
+    """What stands between two objects sent over the web is new each time: no picture can hold it and add an object."""
+    file, heads = files.open_file(a_lesion(1)[0]), []
+    for _ in range(2):
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+            said = threading.Thread(
+                target=lambda: heads.append(_answers(listening, b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"))
+            )
+            said.start()
+            node = Node("web", url=f"http://127.0.0.1:{listening.getsockname()[1]}", timeout_seconds=5)
+            assert [each.stored for each in outbox.send([file], to=node)] == [True]
+            said.join()
+    first, second = (head.split(b"boundary=")[1].split(b"\r\n")[0] for head in heads)
+    assert first != second and len(first) == 32
+
+
+def _answers(listening: socket.socket, answer: bytes) -> bytes:
+    """The beginning of what was asked."""
     connection, _ = listening.accept()
     connection.settimeout(0.5)
+    asked = b""
     with contextlib.suppress(TimeoutError):
-        while connection.recv(1 << 16):
-            pass
+        while piece := connection.recv(1 << 16):
+            asked = (asked + piece)[: 1 << 16]
     connection.sendall(answer)
     connection.close()
+    return asked
 
 
 def _let_it_dawdle(monkeypatch: pytest.MonkeyPatch) -> None:

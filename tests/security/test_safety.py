@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import socket
 import sqlite3
+import threading
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -72,6 +74,33 @@ def test_open_files_and_keys(file: Path) -> None:
     assert "chmod" in rated(file, "files", "fail")[0].do
     key.chmod(0o644)
     assert [(each.control, each.rating) for each in safety.everything(file)] == [("site", "fail")]
+
+
+def test_secrets_elsewhere(file: Path, tmp_path: Path) -> None:
+    """A key that settings name outside of the site's folder, and settings with a password, are looked at too."""
+    assert file.parent.stat().st_mode & 0o077 == 0, "a new site's folder is its owner's"
+    certificate, key, _ = Authority(tmp_path / "ca").issues("us")
+    key.chmod(0o644)
+    node = f'[[nodes]]\nname = "pacs"\nae_title = "P"\nhost = "h"\n[nodes.tls]\nauthority = "{certificate}"\n'
+    changed(file, ("[web]", f'{node}certificate = "{certificate}"\nkey = "{key}"\n[web]'))
+    (said,) = rated(file, "files", "fail")
+    assert str(key) in said.found and str(file) not in said.found
+    key.chmod(0o600)
+    assert rated(file, "files", "ok")
+    password = "p4ssw0rd"
+    workflows = f'workflows = "postgresql+psycopg://busgen:{password}@db.example/workflows"'
+    chosen = settings.parse(f"{file.read_text()}\n[storage]\n{workflows}\n", file)
+    file.chmod(0o644)
+    (said,) = safety._files(chosen, file)
+    assert said.rating == "fail" and str(file) in said.found and password not in said.found
+
+
+def test_something_else_on_the_port_for_tls(tmp_path: Path) -> None:
+    """A port on which no TLS is spoken is not taken for one that turns strangers away."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        threading.Thread(target=lambda: listening.accept()[0].sendall(b"220 welcome\r\n"), daemon=True).start()
+        said = safety._without_certificate("DICOM over TLS", "127.0.0.1", listening.getsockname()[1])
+    assert said.rating == "fail" and "speaks no TLS" in said.found
 
 
 def test_open_doors(file: Path) -> None:
