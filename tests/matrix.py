@@ -19,25 +19,22 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(Matrix(Path(config.getoption("--matrix"))))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        words = (getattr(item.obj, "__doc__", None) or "").strip()  # type: ignore[attr-defined]
+        item.user_properties.append(("requirement", words.splitlines()[0] if words else ""))
+
+
 class Matrix:
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.requirements: dict[str, str] = {}
-        self.outcomes: dict[str, str] = {}
-
-    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        for item in items:
-            words = (getattr(item.obj, "__doc__", None) or "").strip()  # type: ignore[attr-defined]
-            self.requirements[item.nodeid] = words.splitlines()[0] if words else ""
+        self.rows: dict[str, tuple[str, str]] = {}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call" or report.outcome != "passed":
-            self.outcomes[report.nodeid] = report.outcome
+            self.rows[report.nodeid] = (str(dict(report.user_properties)["requirement"]), report.outcome)
 
     def pytest_sessionfinish(self) -> None:
-        rows = [
-            f"| {self.requirements.get(node, '')} | `{node}` | {outcome} |"
-            for node, outcome in sorted(self.outcomes.items())
-        ]
+        rows = [f"| {words} | `{node}` | {outcome} |" for node, (words, outcome) in sorted(self.rows.items())]
         head = ["| requirement | test | outcome |", "|---|---|---|"]
         self.path.write_text("\n".join(["# Verification matrix", "", *head, *rows, ""]))

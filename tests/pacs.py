@@ -26,6 +26,7 @@ from pynetdicom.sop_class import (
 )
 
 from busgen_cds.dicom.outbox import Node
+from tests.programs import free_port
 
 SR = "1.2.840.10008.5.1.4.1.1.88.33"
 
@@ -33,7 +34,7 @@ SR = "1.2.840.10008.5.1.4.1.1.88.33"
 class Pacs:
     def __init__(self, name: str = "pacs") -> None:
         self.name, self.ae_title = name, name.upper()
-        self.host, self.port = "127.0.0.1", _free_port()
+        self.host, self.port = "127.0.0.1", free_port()
         self.objects: dict[str, list[bytes]] = defaultdict(list)  # SOP Instance UID → each data set it came with
         self.studies: dict[str, str] = {}  # SOP Instance UID → Study Instance UID
         self.stored_at: dict[str, float] = {}
@@ -167,12 +168,6 @@ def _open(encoded: bytes) -> Dataset:
 
 def _no_delay(event: evt.Event) -> None:
     event.assoc.dul.socket.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 __all__ = ["SR", "ExplicitVRLittleEndian", "ImplicitVRLittleEndian", "Pacs", "build_context"]

@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import secrets
 import shutil
 import socket
 import time
@@ -31,10 +33,12 @@ def absent(what: str) -> None:
 
 
 def free_port() -> int:
-    """A port nobody listens on now, from the operating system."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port nobody listens on now, below those given to outgoing connections: none of them takes it meanwhile."""
+    while True:
+        port = 10_000 + secrets.randbelow(22_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def wait_for(true: Callable[[], Any], seconds: float, otherwise: str) -> Any:

@@ -36,9 +36,10 @@ from busgen_cds.dicom.association import Desk, Rules
 from busgen_cds.dicom.listener import Listener, ListenerConfig, Tls
 from busgen_cds.store import audit, inbox, vault
 from tests import reception
-from tests.bench.listener import ENVIRONMENT, _wait_for, free_port, make_images
+from tests.bench.listener import ENVIRONMENT, _wait_for, make_images
 from tests.certificates import Authority
 from tests.fuzz import watch
+from tests.programs import free_port
 
 CINE_FRAMES = 400  # of 0.48 MB: a long clip, uncompressed
 BAR = 0.85

@@ -27,6 +27,8 @@ import numpy as np
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, UltrasoundImageStorage, generate_uid
 
+from tests.programs import free_port
+
 IMAGES, ROWS, COLUMNS = 200, 600, 800
 ENVIRONMENT = {**os.environ, "TCP_NODELAY": "1"}
 
@@ -125,12 +127,6 @@ def _wait_for(port: int, server: subprocess.Popen[bytes]) -> None:
         except OSError:
             time.sleep(0.1)
     raise RuntimeError("The server does not answer.")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from tests import reception
 from tests.dicom import raw
 from tests.fuzz import seeds, talk, watch
 from tests.fuzz.watch import PATIENCE, Bar, Report
+from tests.programs import free_port
 
 PROCESSES = 2
 GOOD_EVERY = 250
@@ -148,7 +149,7 @@ def _listener(base: Path) -> Iterator[_Target]:
     elsewhere.mkdir()
     (base / "outside.txt").touch()
     environment = {**os.environ, "TMPDIR": str(elsewhere), "HOME": str(elsewhere), "PYTHONPATH": str(_ROOT)}
-    port = _free_port()
+    port = free_port()
     command = [sys.executable, "-W", "ignore", "-m", "tests.fuzz.associations", str(base), str(port)]
     with log.open("wb") as file:
         server = subprocess.Popen(command, cwd=elsewhere, env=environment, stdout=subprocess.PIPE, stderr=file)
@@ -164,12 +165,6 @@ def _listener(base: Path) -> Iterator[_Target]:
         except subprocess.TimeoutExpired:
             server.kill()
             server.wait()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def desk(base: Path) -> Desk:

@@ -10,7 +10,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -31,6 +30,7 @@ from busgen_cds.errors import Misconfigured
 from busgen_cds.store import site_keys
 from tests import hospital, images
 from tests.pacs import Pacs
+from tests.programs import free_port
 
 PASSWORD = "a long enough passphrase 9"
 _PATIENCE = 900.0  # seconds: machines that run tests are busy
@@ -209,7 +209,7 @@ class Running:
 @contextmanager
 def running(folder: Path) -> Iterator[Running]:
     pacs = Pacs().comes_up()
-    port, web = _free_port(), _free_port()
+    port, web = free_port(), free_port()
     app.found(folder, _SETTINGS.format(port=port, web=web, pacs=pacs), site_keys.new_passphrase())
     it = Running(folder, pacs, port, web)
     try:
@@ -234,9 +234,3 @@ def bytes_of(ds: pydicom.Dataset) -> bytes:
     buffer = io.BytesIO()
     ds.save_as(buffer, enforce_file_format=True)
     return buffer.getvalue()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -50,7 +50,11 @@ def fetch(folder: Path) -> Path:
             raise SystemExit(f"{PACKAGE} is not the file that was pinned; nothing was installed.")
         with tarfile.open(packed) as archive:
             archive.extractall(made, filter="data")
-        (Path(made) / "package" / "dist").rename(folder)
+        try:
+            (Path(made) / "package" / "dist").rename(folder)
+        except OSError:
+            if not (folder / "index.html").exists():  # put there meanwhile by another
+                raise
     return folder
 
 
