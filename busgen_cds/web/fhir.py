@@ -4,10 +4,12 @@ Rules (clinical safety 2):
 - A report is `preliminary`, its author a Device; nothing found is said as what was looked at, never as "negative".
 - A declined study is a report too: it says NOT ANALYSED and why.
 - A resource is named by our own references; the patient stands there by the identifier that came with the images.
+- What is not known is left out: FHIR's JSON has no null and no empty list.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any
 from urllib.parse import urlencode
 
@@ -95,20 +97,24 @@ def search(
 ) -> dict[str, Any]:
     front = auth.front_of(request)
     _known(kind)
-    wanted = (identifier or patient).removeprefix("urn:oid:").rpartition("|")[2]
-    rows = front.caught_up().rows("all", search=wanted, limit=count + 1, offset=offset)
+    named, whose = _value(identifier), _value(patient)
+    rows = front.caught_up().rows("all", search=named or whose, limit=count + 1, offset=offset)
+    found = _of_patient(front, rows[:count], whose) if whose else rows[:count]
     entries = [
         {"fullUrl": f"{_base(request)}/{kind}/{each['id']}", "resource": each}
-        for row in rows[:count]
+        for row in found
         for each in _of_kind(front, kind, row)
     ]
-    for row in rows[:count]:
+    for row in found:
         front.looked(person, row.study_ref, row.revision)
-    bundle: dict[str, Any] = {"resourceType": "Bundle", "type": "searchset", "entry": entries}
-    if len(rows) > count:
-        query = urlencode({"_count": count, "_offset": offset + count, **({"identifier": wanted} if wanted else {})})
-        bundle["link"] = [{"relation": "next", "url": f"{_base(request)}/{kind}?{query}"}]
-    return bundle
+
+    def link(relation: str, at: int) -> dict[str, str]:
+        asked = {"identifier": identifier, "patient.identifier": patient, "_count": count, "_offset": at}
+        query = urlencode({name: value for name, value in asked.items() if value != ""})
+        return {"relation": relation, "url": f"{_base(request)}/{kind}?{query}"}
+
+    links = [link("self", offset), *([link("next", offset + count)] if len(rows) > count else [])]
+    return _said({"resourceType": "Bundle", "type": "searchset", "link": links, "entry": entries})
 
 
 @router.get("/{kind}/{ref}", summary="Read (studies.read)", responses={200: _described("It.")})
@@ -121,6 +127,21 @@ def read(request: Request, kind: str, ref: str, person: Person = auth.caller("st
         raise HTTPException(404, f"There is no {kind} with this id.")
     front.looked(person, row.study_ref, row.revision)
     return found
+
+
+def _value(token: str) -> str:
+    """Of a search by system|value; a UID may stand there as a URI."""
+    return token.rpartition("|")[2].removeprefix("urn:oid:")
+
+
+def _of_patient(front: Front, rows: Sequence[Row], patient: str) -> list[Row]:
+    """Without those that were found by another identifier which reads the same."""
+    patients = front.worklist.patients([row.study_ref for row in rows])
+    return [row for row in rows if patients.get(row.study_ref) == patient]
+
+
+def _said(resource: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in resource.items() if value is not None and value != []}
 
 
 def _known(kind: str) -> None:
@@ -149,18 +170,18 @@ def _imaging_study(front: Front, row: Row) -> dict[str, Any]:
     series: dict[str, list[Slide]] = {}
     for slide in slides:
         series.setdefault(slide.source.series_instance_uid, []).append(slide)
-    return {
+    found = {
         "resourceType": "ImagingStudy",
         "id": row.study_ref,
         "identifier": [{"system": _DICOM_UID, "value": f"urn:oid:{uid}"}],
         "status": "available",
         "modality": [_coding("US", "DCM", "Ultrasound")],
         "subject": _subject(patient),
-        "started": row.received_at.isoformat(),
         "numberOfSeries": len(series),
         "numberOfInstances": len(slides),
         "series": [_series(uid, each) for uid, each in series.items()],
     }
+    return _said(found)
 
 
 def _series(uid: str, slides: list[Slide]) -> dict[str, Any]:
@@ -180,7 +201,7 @@ def _series(uid: str, slides: list[Slide]) -> dict[str, Any]:
 
 
 def _report(row: Row, answer: Any, patient: str, observations: list[dict[str, Any]]) -> dict[str, Any]:
-    return {
+    report = {
         "resourceType": "DiagnosticReport",
         "id": f"{row.study_ref}-{row.revision}",
         "status": "preliminary",
@@ -194,6 +215,7 @@ def _report(row: Row, answer: Any, patient: str, observations: list[dict[str, An
         "conclusion": _conclusion(answer),
         "conclusionCode": _conclusion_code(answer),
     }
+    return _said(report)
 
 
 def _observations(row: Row, answer: Any, patient: str) -> list[dict[str, Any]]:
@@ -211,7 +233,7 @@ def _observation(row: Row, answer: Assessed, patient: str, number: int, finding:
         _component(_coding(code, "SCT", words), round(mm, 1), "mm") for code, words, mm in sizes if mm is not None
     ]
     source = finding.source
-    return {
+    observation = {
         "resourceType": "Observation",
         "id": f"{row.study_ref}-{row.revision}-{number}",
         "status": "preliminary",
@@ -232,6 +254,7 @@ def _observation(row: Row, answer: Assessed, patient: str, number: int, finding:
         ],
         "component": components,
     }
+    return _said(observation)
 
 
 def _site(finding: Finding) -> dict[str, Any]:

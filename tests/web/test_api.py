@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -343,7 +344,8 @@ def test_fhir(address: str, practice: Practice) -> None:
     assert study["numberOfInstances"] == 1
     uid = practice.inbox.study_uid(ref)
     assert study["identifier"][0]["value"] == f"urn:oid:{uid}"
-    assert client.get("/ImagingStudy", params={"identifier": f"urn:oid:{uid}"}).json()["entry"][0]["resource"] == study
+    for asked in (uid, f"urn:oid:{uid}", f"urn:dicom:uid|urn:oid:{uid}"):
+        assert [each["resource"] for each in search(client, "ImagingStudy", identifier=asked)] == [study]
     assert client.get("/Patient").status_code == 404
     assert client.get("/ImagingStudy/none").json()["resourceType"] == "OperationOutcome"
     assert client.get("/metadata").json()["fhirVersion"] == "4.0.1"
@@ -356,10 +358,52 @@ def test_fhir_of_what_was_not_found_or_not_analysed(address: str, practice: Prac
     client = httpx.Client(base_url=f"{address}/fhir/r4", headers=token(practice, "rita"), timeout=60)
     report = client.get(f"/DiagnosticReport/{nothing}-1").json()
     assert report["conclusion"].startswith("No lesion found in 2 of 3 images analysed")
-    assert report["conclusionCode"] == []
+    assert "result" not in report and "conclusionCode" not in report
     report = client.get(f"/DiagnosticReport/{declined}-1").json()
     assert report["conclusion"].startswith("NOT ANALYSED: unlike anything learnt")
     assert "negative" not in json.dumps(report).lower()
+
+
+def test_fhir_searches_for_what_was_asked(address: str, practice: Practice) -> None:
+    """A search by patient finds that patient's studies alone, also beside another identifier, and says what it took."""
+    refs = [a_study(practice, seed, Says("4A")) for seed in (45, 46)]
+    client = httpx.Client(base_url=f"{address}/fhir/r4", headers=token(practice, "rita"), timeout=60)
+    accession = f"ACC-{refs[0][:6]}"
+    assert [each["resource"]["id"] for each in search(client, "ImagingStudy", identifier=accession)] == [refs[0]]
+    both = {"identifier": accession, "patient.identifier": "urn:ids|PAT-45"}
+    assert [each["resource"]["id"] for each in search(client, "ImagingStudy", **both)] == [refs[0]]
+    assert not search(client, "ImagingStudy", **{**both, "patient.identifier": "PAT-46"})
+    assert not search(client, "ImagingStudy", **{"patient.identifier": accession})
+    page = client.get("/ImagingStudy", params={"_count": 1}).json()
+    links = {each["relation"]: each["url"] for each in page["link"]}
+    assert client.get(links["self"]).json()["entry"] == page["entry"]
+    assert client.get(links["next"]).json()["entry"] != page["entry"]
+
+
+def test_fhir_leaves_out_what_is_not_known(address: str, practice: Practice) -> None:
+    """No resource and no list of them holds a null, an empty text or an empty list, which FHIR forbids."""
+    for seed, says in enumerate((Says("4C"), Says(None), Says(declines="too few images")), 47):
+        a_study(practice, seed, says)
+    practice.receives(breast_study(1, seed=50, patient_id=""))  # nobody's, and without an answer
+    client = httpx.Client(base_url=f"{address}/fhir/r4", headers=token(practice, "rita"), timeout=60)
+    for kind in ("ImagingStudy", "DiagnosticReport", "Observation"):
+        assert not list(empty(client.get(f"/{kind}", params={"_count": 100}).json()))
+    assert not list(empty(client.get("/Observation", params={"identifier": "nothing has this"}).json()))
+
+
+def search(client: httpx.Client, kind: str, **asked: str) -> list[Any]:
+    return list(client.get(f"/{kind}", params=asked).json().get("entry", []))
+
+
+def empty(value: Any, at: str = "") -> Iterator[str]:
+    """Where nothing stands."""
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+    if parts is None:
+        yield from [at] if value is None or value == "" else []
+        return
+    yield from [at] if not value else []
+    for name, each in parts:
+        yield from empty(each, f"{at}.{name}")
 
 
 def test_metrics(address: str, practice: Practice) -> None:
