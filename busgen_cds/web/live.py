@@ -2,18 +2,20 @@
 
 Rules:
 - An event says that something changed, never what: the page asks again, with its own rights.
-- One look a second for all listeners together, and none when nobody listens.
+- One look a second for all listeners together, and none when nobody listens; a look that fails is taken again.
 - A listener is sent away after some minutes and comes back by itself: a session that ended is noticed then.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from fastapi import APIRouter, FastAPI, Request
+from sqlalchemy.exc import SQLAlchemyError
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import StreamingResponse
 
@@ -52,15 +54,16 @@ class News:
             changed.set()
 
     async def _watch(self) -> None:
-        seen = await run_in_threadpool(self._front.last_act)
+        seen = -1  # the first look is news: something may have changed since the page was made
         while self._listeners and not self.closed:
             await asyncio.sleep(LOOK_EVERY)
-            last = await run_in_threadpool(self._front.last_act)
-            if last == seen:
-                continue
-            seen = last
-            for changed in self._listeners:
-                changed.set()
+            with contextlib.suppress(SQLAlchemyError):
+                last = await run_in_threadpool(self._front.last_act)
+                if last == seen:
+                    continue
+                seen = last
+                for changed in self._listeners:
+                    changed.set()
 
 
 @asynccontextmanager

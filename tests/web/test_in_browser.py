@@ -295,6 +295,35 @@ def test_the_list_is_live(practice: Practice, reader: Person) -> None:
 
 
 @pytest.mark.program
+def test_many_tabs(practice: Practice, reader: Person) -> None:
+    """More tabs than a browser has connections: the one in sight is live, one that comes back shows what it missed."""
+    tabs = [reader.context.new_page() for _ in range(8)]
+    for tab in tabs:
+        tab.goto(f"{reader.address}/worklist")
+        tab.wait_for_selector("#live.on")
+        if tab is not tabs[-1]:
+            in_sight(tab, False)
+    ref = a_study(practice, Says("5"))
+    tabs[-1].wait_for_selector(f"a.open[href='/studies/{ref}']")
+    assert not tabs[0].query_selector(f"a.open[href='/studies/{ref}']")
+    in_sight(tabs[0], True)
+    tabs[0].wait_for_selector(f"a.open[href='/studies/{ref}']")
+    for tab in tabs:
+        tab.close()
+
+
+def in_sight(tab: Any, shown: bool) -> None:
+    """Chromium without a screen takes every tab for visible."""
+    tab.evaluate(
+        """hidden => {
+          Object.defineProperty(document, "hidden", { value: hidden, configurable: true });
+          document.dispatchEvent(new Event("visibilitychange"));
+        }""",
+        not shown,
+    )
+
+
+@pytest.mark.program
 def test_retry_what_is_stuck(practice: Practice, operator: Person, reader: Person) -> None:
     """What is stuck stands out with its reason; an operator takes it up again, once; a reader has no such button."""
     ref = a_study(practice, None)

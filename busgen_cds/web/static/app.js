@@ -48,15 +48,43 @@ document.body.addEventListener("htmx:afterSwap", (event) => {
   if (event.detail.target.id === "said") tell(said.textContent);
 });
 
-// -- news
+// -- news, to pages in sight alone: a browser opens six connections to a server, for all its tabs together
 
 const live = document.getElementById("live");
+const AGAIN = 30000; // milliseconds, after a refusal: browsers try again by themselves only when nobody answers
+let news = null;
+
+function renew() {
+  htmx.trigger(document.body, "changed");
+}
+
+function listen() {
+  if (news || document.hidden) return;
+  news = new EventSource("/events");
+  news.addEventListener("hello", () => {
+    live?.classList.add("on");
+    renew(); // what changed before somebody listened
+  });
+  news.addEventListener("changed", renew);
+  news.addEventListener("error", () => {
+    live?.classList.remove("on");
+    if (news?.readyState !== EventSource.CLOSED) return;
+    news = null;
+    setTimeout(listen, AGAIN);
+  });
+}
+
+function hangUp() {
+  news?.close();
+  news = null;
+  live?.classList.remove("on");
+}
+
 if (document.querySelector("[data-live]")) {
-  const news = new EventSource("/events");
-  news.addEventListener("hello", () => live?.classList.add("on"));
-  news.addEventListener("changed", () => htmx.trigger(document.body, "changed"));
-  news.addEventListener("error", () => live?.classList.remove("on"));
-  addEventListener("pagehide", () => news.close());
+  listen();
+  document.addEventListener("visibilitychange", () => (document.hidden ? hangUp() : listen()));
+  addEventListener("pagehide", hangUp);
+  addEventListener("pageshow", listen);
 }
 
 // -- the worklist by keys
