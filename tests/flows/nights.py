@@ -1,4 +1,4 @@
-"""A night in a process of its own, that may be killed at any stage; run as `python -m tests.flows.nights FOLDER STAGE`.
+"""A night, in this process or in one of its own that may be killed at any stage.
 
 The cases, the workflow, the judge's refusal, the shelf and its keys are real. What stands in for the laboratory leaves
 the files that the real stages leave, made from what they were given: the real one takes minutes.
@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import multiprocessing
 import os
 import signal
-import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -148,9 +149,27 @@ def _dying(call: Callable[..., Any], when: str, stage: str) -> Callable[..., Any
     return dies
 
 
-if __name__ == "__main__":
-    ward = Ward(Path(sys.argv[1]))
-    when = " ".join(sys.argv[2:])
-    killed_plan(ward, when)
-    killed_shelf(ward, when)
-    print(ward.night(laboratory(when)))  # noqa: T201
+_PROCESSES = multiprocessing.get_context("forkserver")
+_PROCESSES.set_forkserver_preload([__name__])  # each begins with what a program takes seconds to import
+
+
+def in_its_own_process(folder: Path, die_at: str = "") -> tuple[int | None, str]:
+    """How the process ended, and what became of the night."""
+    ours, theirs = _PROCESSES.Pipe(duplex=False)
+    process = _PROCESSES.Process(target=_night, args=(folder, die_at, theirs))
+    process.start()
+    theirs.close()
+    process.join(240)
+    try:
+        return process.exitcode, ours.recv() if ours.poll() else ""
+    except EOFError:
+        return process.exitcode, ""
+    finally:
+        process.kill()
+
+
+def _night(folder: Path, die_at: str, answer: Connection) -> None:
+    ward = Ward(folder)
+    killed_plan(ward, die_at)
+    killed_shelf(ward, die_at)
+    answer.send(ward.night(laboratory(die_at)))

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,7 +11,7 @@ import pytest
 from busgen_cds.bundle import Bundle
 from busgen_cds.flows import adapt_site
 from busgen_cds.store import audit
-from tests.flows.nights import VERIFIER, Ward, laboratory
+from tests.flows.nights import VERIFIER, Ward, in_its_own_process, laboratory
 
 STAGES = [
     f"{stage} {when}"
@@ -118,14 +115,10 @@ def test_nights_come_at_their_time(ward: Ward) -> None:
 @pytest.mark.parametrize("when", STAGES)
 def test_killed_at_every_stage_it_resumes_to_the_same_candidate(ward: Ward, undisturbed: str, when: str) -> None:
     """kill -9 at every stage: taken up again, the same digest, no half-made bundle, one act on the shelf."""
-    command = [sys.executable, "-m", "tests.flows.nights", str(ward.folder)]
-    killed = subprocess.run([*command, *when.split()], capture_output=True, text=True, timeout=240)
-    assert killed.returncode == -9, killed.stderr[-2000:]
+    assert in_its_own_process(ward.folder, when) == (-9, "")
     for folder in (ward.folder / "shelf").glob("*"):
         if len(folder.name) == 64:
             Bundle.open(folder, VERIFIER)  # whole, or not there
-    again = subprocess.run(command, capture_output=True, text=True, timeout=240, env=os.environ)
-    assert again.stdout.split()[:1] == ["shelved"], again.stderr[-2000:]
-    assert again.stdout.split()[1] == undisturbed
+    assert in_its_own_process(ward.folder) == (0, f"shelved {undisturbed}")
     assert [each.digest for each in ward.shelf.listing()] == [undisturbed]
     assert len(ward.book.adaptations()) == 1 and audit.verify(ward.database).sound
