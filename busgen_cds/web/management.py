@@ -215,13 +215,16 @@ def conditions_of(
     if since:
         conditions.append(_acts.c.at >= _day(since))
     if until:
-        conditions.append(_acts.c.at < _day(until, timedelta(days=1)))
+        conditions.append(_acts.c.at < _day(until, whole=True))
     return conditions
 
 
-def _day(text: str, later: timedelta = timedelta()) -> datetime:
+def _day(text: str, *, whole: bool = False) -> datetime:
+    """When a day begins on this machine's clock, or, as a whole, when it has ended: one with a change of clocks has 23
+    or 25 hours. A time of day is taken as it stands."""
     try:
-        return datetime.fromisoformat(text).astimezone(UTC) + later
+        later = timedelta(days=1 if whole and len(text) <= len("2026-01-31") else 0)
+        return (datetime.fromisoformat(text) + later).astimezone(UTC)
     except (ValueError, OverflowError) as broken:
         raise HTTPException(422, f"{text[:40]!r} is not a date: write 2026-01-31.") from broken
 

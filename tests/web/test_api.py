@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from fastapi.routing import iter_route_contexts
 from busgen_cds import web
 from busgen_cds.store import audit, checkpoints
 from busgen_cds.store.people import RIGHTS, Right
+from busgen_cds.web import management
+from busgen_cds.web.front import Front
 from tests import images
 from tests.images import breast_study
 from tests.web import explore
@@ -237,6 +241,27 @@ def test_the_record_by_api(address: str, practice: Practice) -> None:
     assert [line["number"] for line in lines] == list(range(1, len(lines) + 1))
     for wrong in ({"since": "yesterday"}, {"until": "9999-12-31"}, {"since": "0001-01-01T00:00+23:59"}):
         assert client.get("/api/v1/acts", params=wrong).status_code == 422, wrong
+
+
+def test_a_day_of_the_record_is_a_day_of_the_clinic(practice: Practice, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The record's day has the 25 hours that it has at the clinic when its clocks go back; a time of day is a time."""
+    monkeypatch.setenv("TZ", "Europe/Warsaw")
+    time.tzset()
+    try:
+        for hour, what in ((21, "before"), (22, "first"), (46, "last"), (47, "after")):  # the 25th begins at 22:00 UTC
+            at = datetime(2026, 10, 24, tzinfo=UTC) + timedelta(hours=hour)
+            with practice.database.transaction() as session:
+                audit.record(session, audit.Act("clocks", "ada", what), at=at)
+
+        def found(since: str, until: str) -> list[str]:
+            conditions = management.conditions_of(Front(practice.site()), "", "clocks", "", since, until)
+            return [act.what for act in reversed(management.find_acts(Front(practice.site()), conditions))]
+
+        assert found("2026-10-25", "2026-10-25") == ["first", "last"]
+        assert found("2026-10-24T23:30+02:00", "2026-10-25T00:30") == ["first"]
+    finally:
+        monkeypatch.undo()
+        time.tzset()
 
 
 def test_a_cut_tail_shows_on_the_page_and_by_api(tmp_path: Path) -> None:
