@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -64,8 +64,8 @@ class Asked:
             raise Misconfigured("Name a study or a patient: both at once are not looked for.")
         named = self.study or self.patient
         refs = Worklist(site.database, site.vault).studies_of(named) if named else None
-        since = day(self.since) if self.since else None
-        until = day(self.until, timedelta(days=1)) if self.until else None
+        since = _day(self.since) if self.since else None
+        until = _day(self.until, whole=True) if self.until else None
         return Wanted(self.who, self.kind, refs, since, until)
 
 
@@ -166,9 +166,11 @@ def checkpoint(
         out.print(f"Written: {points.export(site.database, folder, key)}", soft_wrap=True)
 
 
-def day(text: str, later: timedelta = timedelta()) -> datetime:
+def _day(text: str, *, whole: bool = False) -> datetime:
+    from busgen_cds.store import audit
+
     try:
-        return datetime.fromisoformat(text).astimezone(UTC) + later
+        return audit.day(text, whole=whole)
     except (ValueError, OverflowError) as broken:
         raise Misconfigured(f"{text!r} is not a day: write 2026-01-31.") from broken
 

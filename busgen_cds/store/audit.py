@@ -13,7 +13,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import sqlalchemy as sa
@@ -104,10 +104,13 @@ class Entry:
     act: Act
     hash: str
 
+    def row(self) -> dict[str, Any]:
+        """As it is hashed, field by field."""
+        return {**_row(self.number, self.at, self.act), "hash": self.hash}
+
     def line(self) -> bytes:
         """As it is hashed, on one line of JSON."""
-        row = {**_row(self.number, self.at, self.act), "hash": self.hash}
-        return signing.canonical({**row, "at": self.at.isoformat(timespec="microseconds")}) + b"\n"
+        return signing.canonical({**self.row(), "at": self.at.isoformat(timespec="microseconds")}) + b"\n"
 
 
 @dataclass(frozen=True)
@@ -120,6 +123,7 @@ class Wanted:
     since: datetime | None = None
     until: datetime | None = None
     after: int = 0
+    before: int | None = None
 
     def conditions(self) -> list[sa.ColumnElement[bool]]:
         said: list[sa.ColumnElement[bool]] = [_acts.c.number > self.after]
@@ -133,7 +137,16 @@ class Wanted:
             said.append(_acts.c.at >= self.since)
         if self.until:
             said.append(_acts.c.at < self.until)
+        if self.before is not None:
+            said.append(_acts.c.number < self.before)
         return said
+
+
+def day(text: str, *, whole: bool = False) -> datetime:
+    """When a day begins on this machine's clock, or, as a whole, when it has ended: one with a change of clocks has 23
+    or 25 hours. A time of day is taken as it stands. ValueError, OverflowError: it is no day."""
+    later = timedelta(days=1 if whole and len(text) <= len("2026-01-31") else 0)
+    return (datetime.fromisoformat(text) + later).astimezone(UTC)
 
 
 def entries(

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response, StreamingResponse
 
 from busgen_cds import case, summary
-from busgen_cds.store.audit import Act
+from busgen_cds.store.audit import Wanted
 from busgen_cds.store.cases import Reason, Said
 from busgen_cds.store.people import Account, Person, Right, Role, Token
 from busgen_cds.store.worklist import Row, Stage, Stuck, View
@@ -407,8 +407,7 @@ def acts(
     person: Person = auth.caller("audit.read"),
 ) -> list[ActOut]:
     front = auth.front_of(request)
-    conditions = management.conditions_of(front, who, kind, patient, since, until)
-    found = management.find_acts(front, conditions, before=before, limit=limit)
+    found = management.acts(front, management.wanted(front, who, kind, patient, since, until, before), limit)
     return [ActOut.model_validate(each) for each in found]
 
 
@@ -425,9 +424,7 @@ def verify(request: Request, person: Person = auth.caller("audit.read")) -> Verd
     responses={200: {"content": {"application/x-ndjson": {"schema": {"type": "string"}}}}},
 )
 def export(request: Request, person: Person = auth.caller("audit.read")) -> StreamingResponse:
-    front = auth.front_of(request)
-    front.note(Act("record exported", person.name))
-    return StreamingResponse(management.lines(front, ()), media_type="application/x-ndjson")
+    return management.exported(auth.front_of(request), person, Wanted())
 
 
 # -- people

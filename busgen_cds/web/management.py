@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
-from datetime import UTC, datetime, timedelta
+from collections.abc import Sequence
+from datetime import datetime, timedelta
 from typing import Annotated, Any, cast
 
 import sqlalchemy as sa
@@ -12,10 +12,9 @@ from fastapi import APIRouter, Form, HTTPException, Query, Request
 from markupsafe import Markup
 from starlette.responses import RedirectResponse, Response, StreamingResponse
 
-from busgen_cds import signing
 from busgen_cds.errors import Misconfigured, Transient, Untrusted
 from busgen_cds.store import audit, refusals
-from busgen_cds.store.audit import Act, ActRow
+from busgen_cds.store.audit import Act
 from busgen_cds.store.database import table_of
 from busgen_cds.store.inbox import QuarantineTable
 from busgen_cds.store.people import RIGHTS, ROLES, Person, Role
@@ -29,7 +28,7 @@ MOST_WAITING = 200
 ACTS = 100
 Text = Annotated[str, Form(max_length=256)]
 
-_acts, _quarantine = table_of(ActRow), table_of(QuarantineTable)
+_quarantine = table_of(QuarantineTable)
 router = APIRouter()
 
 
@@ -153,11 +152,10 @@ def record(
     person: Person = auth.page("audit.read"),
 ) -> Response:
     front = auth.front_of(request)
-    conditions = conditions_of(front, who, kind, patient, since, until)
-    acts = find_acts(front, conditions, before=before, limit=ACTS + 1)
+    found = acts(front, wanted(front, who, kind, patient, since, until, before), ACTS + 1)
     values = {
-        "acts": acts[:ACTS],
-        "more": acts[ACTS - 1].number if len(acts) > ACTS else None,
+        "acts": found[:ACTS],
+        "more": found[ACTS - 1]["number"] if len(found) > ACTS else None,
         "who": who,
         "kind": kind,
         "patient": patient,
@@ -187,12 +185,7 @@ def export(
     person: Person = auth.page("audit.read"),
 ) -> Response:
     front = auth.front_of(request)
-    conditions = conditions_of(front, who, kind, patient, since, until)
-    front.note(Act("record exported", person.name, ""))
-    name = f'attachment; filename="acts-{front.site.clock():%Y%m%d-%H%M%S}.ndjson"'
-    return StreamingResponse(
-        lines(front, conditions), media_type="application/x-ndjson", headers={"Content-Disposition": name}
-    )
+    return exported(front, person, wanted(front, who, kind, patient, since, until))
 
 
 def check_record(front: Front, person: Person) -> audit.Verdict:
@@ -202,49 +195,36 @@ def check_record(front: Front, person: Person) -> audit.Verdict:
     return verdict
 
 
-def conditions_of(
-    front: Front, who: str, kind: str, patient: str, since: str, until: str
-) -> list[sa.ColumnElement[bool]]:
-    conditions: list[sa.ColumnElement[bool]] = []
-    if who.strip():
-        conditions.append(_acts.c.who == who.strip())
-    if kind.strip():
-        conditions.append(_acts.c.kind.startswith(kind.strip(), autoescape=True))
-    if patient.strip():
-        conditions.append(_acts.c.study_ref.in_(front.worklist.studies_of(patient.strip())))
-    if since:
-        conditions.append(_acts.c.at >= _day(since))
-    if until:
-        conditions.append(_acts.c.at < _day(until, whole=True))
-    return conditions
+def wanted(front: Front, who: str, kind: str, patient: str, since: str, until: str, before: int = 0) -> audit.Wanted:
+    return audit.Wanted(
+        who=who.strip(),
+        kind=kind.strip(),
+        study_refs=front.worklist.studies_of(patient.strip()) if patient.strip() else None,
+        since=_day(since) if since else None,
+        until=_day(until, whole=True) if until else None,
+        before=before or None,
+    )
 
 
 def _day(text: str, *, whole: bool = False) -> datetime:
-    """When a day begins on this machine's clock, or, as a whole, when it has ended: one with a change of clocks has 23
-    or 25 hours. A time of day is taken as it stands."""
     try:
-        later = timedelta(days=1 if whole and len(text) <= len("2026-01-31") else 0)
-        return (datetime.fromisoformat(text) + later).astimezone(UTC)
+        return audit.day(text, whole=whole)
     except (ValueError, OverflowError) as broken:
         raise HTTPException(422, f"{text[:40]!r} is not a date: write 2026-01-31.") from broken
 
 
-def find_acts(
-    front: Front, conditions: Sequence[sa.ColumnElement[bool]], *, before: int = 0, limit: int = ACTS
-) -> list[Any]:
-    query = sa.select(_acts).where(*conditions).order_by(_acts.c.number.desc()).limit(limit)
-    if before:
-        query = query.where(_acts.c.number < before)
-    with front.site.database.reading() as session:
-        return list(session.execute(query))
+def acts(front: Front, which: audit.Wanted, limit: int) -> list[dict[str, Any]]:
+    """The newest first."""
+    found = audit.entries(front.site.database, which, limit=limit, newest_first=True)
+    return [each.row() for each in found]
 
 
-def lines(front: Front, conditions: Sequence[sa.ColumnElement[bool]]) -> Iterator[bytes]:
-    """The acts, oldest first, as they are hashed: one JSON object per line."""
-    query = sa.select(_acts).where(*conditions).order_by(_acts.c.number).execution_options(yield_per=500)
-    with front.site.database.reading() as session:
-        for row in session.execute(query):
-            yield signing.canonical({**row._mapping, "at": row.at.isoformat(timespec="microseconds")}) + b"\n"
+def exported(front: Front, person: Person, which: audit.Wanted) -> StreamingResponse:
+    """Acts as they are hashed, oldest first, one JSON object a line. That they were read out is an act."""
+    front.note(Act("record exported", person.name, ""))
+    name = f'attachment; filename="acts-{front.site.clock():%Y%m%d-%H%M%S}.ndjson"'
+    lines = (each.line() for each in audit.entries(front.site.database, which))
+    return StreamingResponse(lines, media_type="application/x-ndjson", headers={"Content-Disposition": name})
 
 
 # -- people

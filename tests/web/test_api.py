@@ -254,8 +254,9 @@ def test_a_day_of_the_record_is_a_day_of_the_clinic(practice: Practice, monkeypa
                 audit.record(session, audit.Act("clocks", "ada", what), at=at)
 
         def found(since: str, until: str) -> list[str]:
-            conditions = management.conditions_of(Front(practice.site()), "", "clocks", "", since, until)
-            return [act.what for act in reversed(management.find_acts(Front(practice.site()), conditions))]
+            front = Front(practice.site())
+            wanted = management.wanted(front, "", "clocks", "", since, until)
+            return [act["what"] for act in reversed(management.acts(front, wanted, 10))]
 
         assert found("2026-10-25", "2026-10-25") == ["first", "last"]
         assert found("2026-10-24T23:30+02:00", "2026-10-25T00:30") == ["first"]
