@@ -54,16 +54,15 @@ class News:
             changed.set()
 
     async def _watch(self) -> None:
-        seen = -1  # the first look is news: something may have changed since the page was made
+        seen = None
         while self._listeners and not self.closed:
-            await asyncio.sleep(LOOK_EVERY)
             with contextlib.suppress(SQLAlchemyError):
                 last = await run_in_threadpool(self._front.last_act)
-                if last == seen:
-                    continue
+                if seen not in (None, last):
+                    for changed in self._listeners:
+                        changed.set()
                 seen = last
-                for changed in self._listeners:
-                    changed.set()
+            await asyncio.sleep(LOOK_EVERY)
 
 
 @asynccontextmanager

@@ -53,6 +53,7 @@ document.body.addEventListener("htmx:afterSwap", (event) => {
 const live = document.getElementById("live");
 const AGAIN = 30000; // milliseconds, after a refusal: browsers try again by themselves only when nobody answers
 let news = null;
+let heard = false;
 
 function renew() {
   htmx.trigger(document.body, "changed");
@@ -63,7 +64,8 @@ function listen() {
   news = new EventSource("/events");
   news.addEventListener("hello", () => {
     live?.classList.add("on");
-    renew(); // what changed before somebody listened
+    if (heard) renew(); // what changed while nobody listened
+    heard = true;
   });
   news.addEventListener("changed", renew);
   news.addEventListener("error", () => {
