@@ -9,6 +9,7 @@ Rules:
 
 from __future__ import annotations
 
+import string
 import tomllib
 from ipaddress import ip_address, ip_network
 from pathlib import Path
@@ -352,6 +353,14 @@ class Web(_Section):
         description="Where browsers reach the pages; the log-in provider sends them back there.",
     )
     oidc: Oidc | None = Field(default=None, description="Log-in by the hospital's provider, beside local accounts.")
+
+    @field_validator("viewer")
+    @classmethod
+    def leads_to_a_study(cls, viewer: str) -> str:
+        named = {name for _, name, _, _ in string.Formatter().parse(viewer) if name is not None}
+        if viewer and ("study_uid" not in named or not named <= {"study_uid", "series_uid"}):
+            raise ValueError("the link must hold {study_uid}, may hold {series_uid}, and no other name in braces")
+        return viewer
 
     @model_validator(mode="after")
     def reached(self) -> Web:

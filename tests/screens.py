@@ -188,7 +188,7 @@ def readers_room(camera: Camera, refs: dict[str, str]) -> None:
     camera.takes("worklist-stuck", "anna", "/worklist?view=stuck")
     camera.takes("worklist-nothing-found", "anna", "/worklist?search=PAT-9999")
     camera.takes("reading-light", "anna", study("finding"))
-    camera.takes("reading-dark", "anna", study("finding"), dark=True, before=pressing("h"))
+    camera.takes("reading-dark", "anna", study("finding"), dark=True, before=shows_evidence)
     camera.takes("reading-edit", "anna", study("finding"), before=pressing("e"))
     camera.takes("reading-reject", "anna", study("finding"), before=pressing("r"))
     camera.takes("reading-cine", "anna", study("cine"))
@@ -214,6 +214,11 @@ def the_others(camera: Camera, digest: str) -> None:
 
 def pressing(*keys: str) -> Prepare:
     return lambda page: ([page.keyboard.press(key) for key in keys], page.wait_for_timeout(500))
+
+
+def shows_evidence(page: Any) -> None:
+    page.keyboard.press("h")
+    page.wait_for_selector("#view[data-veiled=true]")
 
 
 def verifies(page: Any) -> None:

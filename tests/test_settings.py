@@ -61,6 +61,15 @@ def test_a_destination_needs_its_node(tmp_path: Path) -> None:
         settings.read(written(tmp_path, MINIMAL + '[[destinations]]\nnode = "archive"\n'))
 
 
+@pytest.mark.parametrize(
+    "link", ["http://pacs.example", "http://pacs.example?study={uid}", "http://pacs.example/{study_uid"]
+)
+def test_a_viewers_link_leads_to_the_study(tmp_path: Path, link: str) -> None:
+    """A link to the viewer that would open no study, or break the reading page, is refused with what it must hold."""
+    with pytest.raises(Misconfigured, match=r"web\.viewer"):
+        settings.read(written(tmp_path, f'{MINIMAL}\n[web]\nviewer = "{link}"\n'))
+
+
 def test_the_environment_overrides_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A value in the environment overrides the one in the file."""
     monkeypatch.setenv("BUSGEN_CDS_READER__DEVICE", "cpu")

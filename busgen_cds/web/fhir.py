@@ -34,7 +34,15 @@ _SYSTEMS = {
 _DICOM_UID = "urn:dicom:uid"
 _UCUM = "http://unitsofmeasure.org"
 _SIDES = {"L": ("80248007", "Left breast structure"), "R": ("73056007", "Right breast structure")}
-_ISSUES = {401: "login", 403: "forbidden", 404: "not-found", 409: "conflict", 422: "invalid", 429: "throttled"}
+_ISSUES = {
+    400: "not-supported",
+    401: "login",
+    403: "forbidden",
+    404: "not-found",
+    409: "conflict",
+    422: "invalid",
+    429: "throttled",
+}
 _STATES = ("ImagingStudy", "DiagnosticReport", "Observation")
 
 
@@ -85,6 +93,13 @@ _PARAMETERS = [
 ]
 
 
+def _understood(request: Request) -> None:
+    """A parameter that is passed over would hand out the results of other patients than the one meant."""
+    if unknown := set(request.query_params) - {each["name"] for each in _PARAMETERS} - {"_offset", "_format"}:
+        known = ", ".join(each["name"] for each in _PARAMETERS)
+        raise HTTPException(400, f"This search does not know {', '.join(sorted(unknown))}; it knows {known}.")
+
+
 @router.get("/{kind}", summary="Search (studies.read)", responses={200: _described("What was found.", "Bundle")})
 def search(
     request: Request,
@@ -97,6 +112,7 @@ def search(
 ) -> dict[str, Any]:
     front = auth.front_of(request)
     _known(kind)
+    _understood(request)
     named, whose = _value(identifier), _value(patient)
     rows = front.caught_up().rows("all", search=named or whose, limit=count + 1, offset=offset)
     found = _of_patient(front, rows[:count], whose) if whose else rows[:count]

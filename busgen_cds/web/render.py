@@ -78,7 +78,7 @@ def size(count: float) -> str:
 def chip(birads: str | None, outcome: str = "assessed", stuck: str = "") -> Markup:
     """The category, in words as well as in colour."""
     if outcome == "assessed" and birads is None:
-        return Markup('<span class="chip none" title="No lesion found">none</span>')
+        return Markup('<span class="chip none" title="No lesion found">no lesion</span>')
     if outcome == "declined":
         return Markup('<span class="chip declined" title="Not analysed">not analysed</span>')
     if outcome == "not-for-us":

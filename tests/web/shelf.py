@@ -97,7 +97,7 @@ class Room:
 
     def wish(self, live: str) -> str:
         alarm = self.drift.asked(live, None)
-        return f"Adaptation is asked for by drift of {alarm.device}." if alarm else ""
+        return f"Adaptation is asked for by drift of {alarm.device or 'all devices'}." if alarm else ""
 
     # -- verbs
 

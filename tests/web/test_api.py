@@ -377,6 +377,18 @@ def test_fhir(address: str, practice: Practice) -> None:
     assert client.get("/metadata").json()["fhirVersion"] == "4.0.1"
 
 
+def test_fhir_search_passes_over_nothing(address: str, practice: Practice) -> None:
+    """A search that FHIR asks in words we do not know is refused by name: it must never answer with other patients."""
+    a_study(practice, 33, Says("4C"))
+    client = httpx.Client(base_url=f"{address}/fhir/r4", headers=token(practice, "rita"), timeout=60)
+    refused = client.get("/DiagnosticReport", params={"patient": "PAT-33"})
+    assert refused.status_code == 400
+    [issue] = refused.json()["issue"]
+    assert "does not know patient; it knows identifier, patient.identifier" in issue["diagnostics"]
+    found = client.get("/DiagnosticReport", params={"patient.identifier": "PAT-33", "_format": "json"}).json()
+    assert [each["resource"]["subject"]["identifier"]["value"] for each in found["entry"]] == ["PAT-33"]
+
+
 def test_fhir_of_what_was_not_found_or_not_analysed(address: str, practice: Practice) -> None:
     """Nothing found is said as what was looked at, declined as NOT ANALYSED; neither says "negative"."""
     nothing = a_study(practice, 41, Says(None, left_out=1), tissue="normal", n=2)

@@ -186,7 +186,9 @@ def test_nothing_found_and_declined(practice: Practice, reader: Person) -> None:
     declined = a_study(practice, Says(declines="unlike anything the bundle has learnt from"))
     reader.opens(declined)
     assert "unlike anything" in reader.sees(".study-said.declined")
-    assert reader.sees(".words") == "I have read it", "there is nothing to agree with, and nothing to reject"
+    assert reader.sees(".words").split() == ["I", "have", "read", "it", "A"], "nothing to agree with or to reject"
+    for overlay in ("contour", "heat", "mask"):
+        assert reader.page.is_disabled(f"[data-act={overlay}]"), "there is nothing to lay over the image"
     reader.presses("a")
     reader.sees(".word.agree")
     assert words(practice, nothing) == words(practice, declined) == [(0, "agree")]
@@ -250,6 +252,8 @@ def test_the_image(practice: Practice, reader: Person) -> None:
     page.wait_for_selector("#view[data-veiled=true]")
     said = "Evidence for the score, not the extent of a lesion · warm: malignant, cold: benign"
     assert reader.sees("#caption") == said
+    caption, picture = (page.locator(each).bounding_box() for each in ("#caption", "#view"))
+    assert caption["y"] + caption["height"] <= picture["y"], "what the scanner wrote into the image stays readable"
     reader.presses("+")
     page.wait_for_selector("#how:has-text('125 %')")
     box = page.locator("#view").bounding_box()
@@ -260,7 +264,18 @@ def test_the_image(practice: Practice, reader: Person) -> None:
     page.wait_for_selector("#how:has-text('window 148 / 155')")
     reader.presses("0")
     page.wait_for_selector("#how:text-is('100 %')")
-    reader.presses(" ")
+    reader.presses("b", "k", "k")
+    page.wait_for_selector("#how:has-text('window 118 / 215')")
+    reader.presses("d", "l", "l")
+    page.wait_for_selector("#how:text-is('100 %')")
+    before = page.locator("#overlay .mask").bounding_box()
+    reader.presses("Shift+ArrowRight", "Shift+ArrowUp")
+    page.wait_for_function(
+        """([x, y]) => { const at = document.querySelector('#overlay .mask').getBoundingClientRect();
+                        return Math.abs(at.x - x) < 1 && Math.abs(at.y - y) < 1; }""",
+        arg=[before["x"] + 40, before["y"] - 40],
+    )
+    reader.presses("0", " ")
     page.wait_for_selector("#play[aria-pressed=true]")
     page.wait_for_selector("#where:has-text('Frame 7 of 8')")
     reader.presses(" ")
@@ -271,6 +286,31 @@ def test_the_image(practice: Practice, reader: Person) -> None:
     reader.presses("ArrowRight")
     page.wait_for_selector("#where:has-text('Image 2 of 2')")
     assert "10 mm" in reader.sees("#scale")
+
+
+@pytest.mark.program
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_small_screen(chromium: Any, address: str, practice: Practice, scheme: str) -> None:
+    """On 1280 pixels the list's tools stand in one line, and the edge of a field stands out from the page (3:1)."""
+    a_study(practice, Says("4C"))
+    person = Person(chromium, address, "rita", scheme)
+    person.page.set_viewport_size({"width": 1280, "height": 800})
+    person.goes("/worklist")
+    tops = [person.page.locator(each).bounding_box() for each in (".tabs", "#search", "#order", "#live")]
+    assert max(each["y"] for each in tops) < min(each["y"] + each["height"] for each in tops)
+    edge, card = person.page.evaluate(
+        """() => { const at = getComputedStyle(document.getElementById('search'));
+                   return [at.borderTopColor, at.backgroundColor].map(c => c.match(/\\d+/g).map(Number)); }"""
+    )
+    light, dark = sorted((luminance(edge), luminance(card)), reverse=True)
+    assert (light + 0.05) / (dark + 0.05) >= 3  # WCAG 2.1, 1.4.11
+    person.done()
+
+
+def luminance(colour: list[int]) -> float:
+    """WCAG 2.1's relative luminance of an sRGB colour."""
+    linear = [(v / 12.92) if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in (each / 255 for each in colour)]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
 @pytest.mark.program

@@ -89,6 +89,18 @@ def test_the_sites_own_rule_orders_the_list(own: Practice) -> None:
         assert re.findall(r'class="open" href="/studies/(\w+)"', text) == order(order="arrival")
 
 
+def test_a_fall_is_never_hidden_by_another_reason(own: Practice) -> None:
+    """The list says that a category fell also where it has something else to say: not analysed, or stuck."""
+    ref = study(own, 65, Says("4B"))
+    own.answers(ref, Says(declines="unlike anything learnt", sent="parked"))
+    own.person("rita", "reader")
+    with served(own.site()) as address, Browser(address) as browser:
+        browser.logs_in("rita")
+        [note] = re.findall(r'<td class="note">.*?</td>', browser.get("/worklist?view=all").text, re.DOTALL)
+    assert "Revision 1 said category 4B; the one that replaces it says not analysed." in note
+    assert "find out whose images these are" in note
+
+
 def test_a_word_takes_a_study_off(own: Practice) -> None:
     """A study is read when every finding of its revision has a word, and unread again with a newer revision."""
     ref = study(own, 11, Says("4C", findings=2), n=2)

@@ -331,7 +331,20 @@
     draw();
   }
 
+  function rewindow(level, width) {
+    at.window.level = Math.min(255, Math.max(0, at.window.level + level));
+    at.window.width = Math.min(512, Math.max(8, at.window.width + width));
+    draw();
+  }
+
+  function move(x, y) {
+    at.x += x;
+    at.y += y;
+    draw();
+  }
+
   function toggle(name) {
+    if (document.querySelector(`[data-act="${name}"]`).disabled) return;
     shown[name] = !shown[name];
     document.querySelector(`[data-act="${name}"]`).setAttribute("aria-pressed", String(shown[name]));
     draw();
@@ -449,14 +462,8 @@
     }
     const [dx, dy] = [event.clientX - hand.x, event.clientY - hand.y];
     [hand.x, hand.y] = [event.clientX, event.clientY];
-    if (hand.kind === "move") {
-      at.x += dx;
-      at.y += dy;
-    } else {
-      at.window.width = Math.min(512, Math.max(8, at.window.width + dx));
-      at.window.level = Math.min(255, Math.max(0, at.window.level + dy / 2));
-    }
-    draw();
+    if (hand.kind === "move") move(dx, dy);
+    else rewindow(dy / 2, dx);
   });
   for (const end of ["pointerup", "pointercancel"]) {
     view.addEventListener(end, () => {
@@ -517,6 +524,14 @@
     "=": controls["zoom-in"],
     "-": controls["zoom-out"],
     0: reset,
+    b: () => rewindow(-10, 0),
+    d: () => rewindow(10, 0),
+    k: () => rewindow(0, -20),
+    l: () => rewindow(0, 20),
+    "Shift ArrowUp": () => move(0, -40),
+    "Shift ArrowDown": () => move(0, 40),
+    "Shift ArrowLeft": () => move(-40, 0),
+    "Shift ArrowRight": () => move(40, 0),
     f: () => toFinding((at.finding % Math.max(1, data.findings.length)) + 1),
     o: () => document.querySelector(".controls a.button")?.click(),
   };
@@ -524,10 +539,21 @@
   installWords(startEdit, leave, () => edit, grow, imageKeys, () => at.finding, (fresh) => {
     data = fresh;
     edit = null;
+    offered();
     view.classList.remove("editing");
     draw();
   });
 
+  // What this answer cannot show is not offered.
+  function offered() {
+    const drawn = data.findings.length > 0;
+    const maps = data.findings.some((each) => each.heat) || Boolean(data.keyHeat);
+    for (const [name, there] of [["contour", drawn], ["mask", drawn], ["heat", maps]]) {
+      document.querySelector(`[data-act="${name}"]`).disabled = !there;
+    }
+  }
+
+  offered();
   const first = data.findings[0];
   const start = first || data.key;
   const index = start ? data.slides.findIndex((each) => each.uid === start.uid) : -1;
@@ -601,7 +627,8 @@
         return;
       }
       if (typing(event) || (event.target.matches("button, a, summary, input") && (event.key === " " || event.key === "Enter"))) return;
-      const act = wordKeys[event.key] || keys[event.key];
+      const arrow = event.shiftKey && event.key.startsWith("Arrow") ? "Shift " : "";
+      const act = wordKeys[event.key] || keys[arrow + event.key];
       if (!act || now) return;
       event.preventDefault();
       act();
