@@ -43,6 +43,7 @@ PATIENCE = 5.0  # seconds for an answer of the provider
 KEPT = 3600.0  # seconds for which its description and keys are kept
 ASK_AGAIN = 60.0  # an unknown key is asked for, but not more often than this
 _ABOUT = b"log-in by the provider"
+_ADDRESSES = ("authorization_endpoint", "token_endpoint", "jwks_uri")
 
 
 class NotVouched(Exception):
@@ -157,6 +158,11 @@ class Provider:
                     f"{self.registration.issuer} describes itself as {found.get('issuer')!r}: set web.oidc.issuer to "
                     "what the provider says, letter by letter, if that is the one you mean."
                 )
+            if wrong := misplaced(found, self.registration.issuer):
+                raise Untrusted(
+                    f"{self.registration.issuer} describes itself without a safe {wrong[0]}: codes, our secret and its "
+                    "keys would travel readable. Have its description corrected."
+                )
             self._described = (self._clock(), found)
             return found
 
@@ -233,6 +239,12 @@ class Provider:
             name if isinstance(name, str) else "",
             tuple(role for role in ROLES if role in given),
         )
+
+
+def misplaced(described: Mapping[str, Any], issuer: str) -> list[str]:
+    """Which of the provider's addresses are missing, or less safe than its own (OpenID Connect Discovery 3)."""
+    schemes = ("https://",) if issuer.startswith("https://") else ("https://", "http://")
+    return [name for name in _ADDRESSES if not str(described.get(name, "")).startswith(schemes)]
 
 
 def _within(claims: Mapping[str, Any], path: str) -> Any:

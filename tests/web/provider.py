@@ -34,6 +34,7 @@ class OpenIdProvider:
     bent: dict[str, Any] = field(default_factory=dict)  # claims put over the right ones; None takes one away
     signs: str = "RS256"
     refuses: str = ""
+    says: dict[str, str] = field(default_factory=dict)  # of itself, in place of what is so
     answers_as: str = ""  # the issuer named beside the code
     codes: dict[str, dict[str, str]] = field(default_factory=dict)
     redeemed: int = 0
@@ -70,6 +71,7 @@ class OpenIdProvider:
             "authorization_endpoint": f"{self.issuer}/authorize",
             "token_endpoint": f"{self.issuer}/token",
             "jwks_uri": f"{self.issuer}/keys",
+            **self.says,
         }
 
     def _authorize(self, request: Request) -> RedirectResponse:

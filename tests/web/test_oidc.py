@@ -16,6 +16,7 @@ from busgen_cds import settings
 from busgen_cds.errors import Misconfigured, Transient, Untrusted
 from busgen_cds.operations import pages
 from busgen_cds.store.people import ROLES
+from busgen_cds.web import oidc
 from busgen_cds.web.oidc import FLOW_SECONDS, NotVouched, Provider, Registration
 from tests.web.practice import PASSWORD, Practice, served
 from tests.web.provider import CLIENT, SECRET, OpenIdProvider, running
@@ -181,6 +182,21 @@ def test_a_provider_that_is_not_what_it_says(practice: Practice, provider: OpenI
     nowhere = Provider(registered(provider, issuer="http://127.0.0.1:1"), practice.vault)
     with pytest.raises(Transient, match="account of this site"):
         nowhere.begin("")
+
+
+def test_a_provider_that_would_be_asked_in_the_open(
+    practice: Practice, provider: OpenIdProvider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A provider reached by https must name https addresses, all of them; else codes and keys would travel readable."""
+    names = ("authorization_endpoint", "token_endpoint", "jwks_uri")
+    safe = dict.fromkeys(names, "https://idp.example/x")
+    assert oidc.misplaced(safe, "https://idp.example") == []
+    for name in names:
+        assert oidc.misplaced({**safe, name: "http://idp.example/x"}, "https://idp.example") == [name]
+        assert oidc.misplaced({**safe, name: None}, "https://idp.example") == [name]
+    monkeypatch.setattr(provider, "says", {"jwks_uri": "ftp://127.0.0.1/keys"})
+    with pytest.raises(Untrusted, match="without a safe jwks_uri"):
+        Provider(registered(provider), practice.vault).begin("")
 
 
 # -- on the pages
