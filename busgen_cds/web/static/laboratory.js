@@ -1,5 +1,4 @@
-// The laboratory: a box drawn by mouse or numbers, images shown as they come.
-"use strict";
+// The laboratory: a box drawn by mouse or numbers, images shown as they come. A module: its names are its own.
 
 const wish = document.getElementById("wish");
 const place = document.getElementById("place");
