@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from busgen_cds.cli.laboratory import CACHE, Cache, Data, Run, Sources, console, data_root, key_used_once
+from busgen_cds.errors import Misconfigured
 
 if TYPE_CHECKING:
     from busgen_cds.bundle import Bundle, Candidate
@@ -27,7 +28,7 @@ def train(
     sources: Sources = "busbra,busi",
     preset: Annotated[str, typer.Option(help="cpu or gpu.")] = "cpu",
     seed: int = 0,
-    steps: int | None = None,
+    steps: Annotated[int | None, typer.Option(min=1)] = None,
     encoder: Annotated[str, typer.Option(help="mobilenet or lite0; the starting weights must be its own.")] = "lite0",
     blind: Annotated[float, typer.Option(help="Share of steps whose attention is even over the image.")] = 0.15,
     init: Annotated[Path | None, typer.Option(help="Starting weights: MobileNetV2 (npz), EfficientNet (pth).")] = None,
@@ -48,10 +49,10 @@ def train(
     from busgen_cds.learning.recipes import train_reader
 
     settings = train_reader.Settings(
-        **train_reader.PRESETS[preset]
+        **_preset(preset)
         | {"sources": tuple(sources.split(",")), "seed": seed, "threads": threads, "fold": _fold(fold)}
         | {"tasks": tuple(tasks.read(path) for path in task or ()), "generated": share if generated else 0.0}
-        | ({"steps": steps} if steps else {})
+        | ({} if steps is None else {"steps": steps})
         | {"shape": Shape(encoder=_known_encoder(encoder), blind=blind)}
         | _settings(set_ or [])
     )
@@ -91,6 +92,20 @@ def _fold(text: str | None) -> tuple[int, int] | None:
     return int(k), int(n)
 
 
+def _sweeps(text: str) -> tuple[int, int]:
+    patients, _, frames = text.partition("x")
+    if not (patients.isdigit() and frames.isdigit()):
+        raise typer.BadParameter("simulated studies are written patients x frames, for instance 40x120")
+    return int(patients), int(frames)
+
+
+def _shares(text: str) -> list[float]:
+    try:
+        return [float(share) for share in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter("shares are numbers with commas between, for instance 0.3,0.7") from None
+
+
 def _settings(pairs: list[str]) -> dict[str, Any]:
     from busgen_cds.learning.recipes import train_reader
 
@@ -101,8 +116,24 @@ def _settings(pairs: list[str]) -> dict[str, Any]:
         name, _, value = pair.partition("=")
         if kinds.get(name) not in (int, float, bool):
             raise typer.BadParameter(f"no such setting: {name}")
-        chosen[name] = value.lower() == "true" if kinds[name] is bool else kinds[name](value)
+        chosen[name] = _value(name, kinds[name], value)
     return chosen
+
+
+def _value(name: str, kind: type, text: str) -> Any:
+    try:
+        return {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
+    except (KeyError, ValueError):
+        wanted = {bool: "true or false", int: "a whole number", float: "a number"}[kind]
+        raise typer.BadParameter(f"{name} is {wanted}, not {text!r}") from None
+
+
+def _preset(name: str) -> dict[str, Any]:
+    from busgen_cds.learning.recipes import train_reader
+
+    if name not in train_reader.PRESETS:
+        raise typer.BadParameter(f"known presets are {' and '.join(train_reader.PRESETS)}")
+    return train_reader.PRESETS[name]
 
 
 @app.command()
@@ -114,7 +145,7 @@ def blend(
     """Average the weights of related runs into one member: no cost when it reads, steadier on other scanners."""
     from busgen_cds.learning import checkpoint
 
-    checkpoint.write(out, *checkpoint.blend(checkpoints, [float(share) for share in shares.split(",")]))
+    checkpoint.write(out, *checkpoint.blend(checkpoints, _shares(shares)))
     console.print(f"Blended: {out}")
 
 
@@ -128,17 +159,22 @@ def seal(
     data: Data = None,
     mirrored: Annotated[bool, typer.Option(help="Average the mirrored view as well.")] = True,
     drawing: Annotated[int, typer.Option(help="The outline is drawn by the first members only; 0: by all.")] = 0,
-    figures: Annotated[Path | None, typer.Option(help="reader.json of an evaluation, for the card.")] = None,
+    figures: Annotated[
+        Path | None, typer.Option(exists=True, help="reader.json of an evaluation, for the card.")
+    ] = None,
     sweeps: Annotated[str, typer.Option(help="Simulated studies for the pooling: patients x frames.")] = "40x120",
     cache: Cache = CACHE,
 ) -> None:
     """Calibrate, export, check parity and sign with a key that is used once and thrown away."""
     from busgen_cds.learning.recipes import make_bundle
 
+    _vacant(out)
+    if (public := _public(trust, name, version)).exists():
+        raise typer.BadParameter(f"{public} vouches for another bundle of that version: choose another version")
     measured = json.loads(figures.read_text())["summary"] if figures else None
-    patients, _, frames = sweeps.partition("x")
+    patients, frames = _sweeps(sweeps)
     today = datetime.datetime.now(datetime.UTC).date()
-    choice = make_bundle.Choice(name, version, today, mirrored, drawing, sweeps=int(patients), sweep_frames=int(frames))
+    choice = make_bundle.Choice(name, version, today, mirrored, drawing, sweeps=patients, sweep_frames=frames)
     candidate = make_bundle.make(data_root(data), checkpoints, choice, cache, measured, tell=console.print)
     _sign(candidate, out, trust)
     console.print_json(json.dumps(dict(candidate.manifest.figures)))
@@ -162,7 +198,7 @@ def evaluate(
     rows = data_.read_manifest(root)
     images = data_.load(root, rows, cache)
     foreign = _foreign(root / "dicom_us")
-    patients, _, frames = sweeps.partition("x")
+    simulated = _sweeps(sweeps)
     document: dict[str, Any] = {"arms": {}}
     for name, folder in (("shipped", shipped), ("external", external)):
         if folder is None:
@@ -172,8 +208,8 @@ def evaluate(
         run = export.open_graph(arm.files["reader.onnx"])
         mine = evaluate.unseen(images, arm.sources)
         with console.status(f"{name}: reading {len(mine)} images"):
-            read = calibrate.cached(run, mine.image, cache / f"readings-{arm.manifest.files['reader.onnx'][:16]}.npz")
-        studies = (int(patients), int(frames)) if name == "shipped" else (0, 0)
+            read = calibrate.cached(run, mine.image, cache, arm.manifest.files["reader.onnx"])
+        studies = simulated if name == "shipped" else (0, 0)
         found = evaluate.measure(arm, mine, read, run, foreign, console.print, studies)
         found |= evaluate.cost(arm)
         document["arms"][name] = found | {"digest": opened.digest}
@@ -207,7 +243,7 @@ def crossval(
 @app.command()
 def publish(
     bundle: Annotated[Path, typer.Argument(help="A sealed bundle.")],
-    figures: Annotated[Path, typer.Option(help="reader.json of its evaluation.")],
+    figures: Annotated[Path, typer.Option(exists=True, help="reader.json of its evaluation.")],
     trust: Annotated[list[Path], typer.Option(help="Folders with the public keys (PEM) of those who may sign.")],
     out: Annotated[Path, typer.Option(help="Folder of the published bundle.")],
     keys: Annotated[Path, typer.Option(help="Folder where the one-shot key's public half is kept.")],
@@ -217,6 +253,7 @@ def publish(
     """The same bundle with what its evaluation found in card and manifest, signed anew."""
     from busgen_cds.learning.recipes import make_bundle
 
+    _vacant(out)
     sealed = _open(bundle, trust)
     document = json.loads(figures.read_text(encoding="utf-8"))
     if document["arms"]["shipped"]["digest"] != sealed.digest:
@@ -224,10 +261,26 @@ def publish(
     _sign(make_bundle.with_figures(data_root(data), sealed, document["summary"], cache), out, keys)
 
 
+def _vacant(out: Path) -> Path:
+    """A sealed bundle is never written over."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise typer.BadParameter(f"{out} is not empty: a bundle needs a folder of its own")
+    return out
+
+
+def _public(keys: Path, name: str, version: str) -> Path:
+    return keys / f"release-{name}-{version}.pem"
+
+
 def _sign(candidate: Candidate, out: Path, keys: Path) -> None:
     manifest = candidate.manifest
-    signer = key_used_once(keys / f"release-{manifest.name}-{manifest.version}.pem")
-    candidate.seal(out, signer)
+    public = _public(keys, manifest.name, manifest.version)
+    signer = key_used_once(public)
+    try:
+        candidate.seal(out, signer)
+    except OSError as error:
+        public.unlink(missing_ok=True)
+        raise Misconfigured(f"{out} could not be written ({error.strerror}): what lies there is no bundle.") from error
     console.print(
         f"Sealed {manifest.name} {manifest.version} in {out}, digest {candidate.digest[:16]}, key {signer.key_id}"
     )

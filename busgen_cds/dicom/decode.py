@@ -116,7 +116,7 @@ def shape(opened: Opened) -> Shape:
     rows, columns = (_whole(header, name, 0) for name in ("Rows", "Columns"))
     frames = _whole(header, "NumberOfFrames", 1)
     if not 0 < rows <= MAX_SIDE or not 0 < columns <= MAX_SIDE or rows * columns > MAX_PIXELS:
-        raise Unreadable(f"a frame of {columns} x {rows} pixels is outside what is read")
+        raise Unreadable(f"a frame of {columns} x {rows} pixels is outside what is read: at most {MAX_SIDE} on a side")
     if min(rows, columns) < MIN_SIDE:
         raise Unreadable(f"a frame of {columns} x {rows} pixels is too small to show a lesion")
     if not 0 < frames <= MAX_FRAMES:

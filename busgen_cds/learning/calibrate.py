@@ -8,6 +8,7 @@ Rules:
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,8 +63,10 @@ def read(
     )
 
 
-def cached(run: Run, images: NDArray[np.uint8], path: Path) -> Readings:
-    """The same, kept on disk under a name that the caller derives from the network."""
+def cached(run: Run, images: NDArray[np.uint8], folder: Path, network: str) -> Readings:
+    """The same, kept on disk under a name that changes with the network's digest and with the images."""
+    seen = hashlib.sha256(np.ascontiguousarray(images).tobytes()).hexdigest()
+    path = folder / f"readings-{network[:16]}-{seen[:16]}.npz"
     if not path.exists():
         found = read(run, images)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -218,7 +221,7 @@ def simulate(
 
 
 def studies(simulated: Simulated, frames: int, repeats: int = 20, seed: int = 1) -> list[tuple[Floats, bool]]:
-    """Studies of n frames: a patient's first frames, then frames drawn from the patient's sweep."""
+    """Studies of n frames, drawn from each patient's sweep."""
     rng = np.random.default_rng(seed)
     made = []
     for scores, malignant in zip(simulated.scores, simulated.malignant, strict=True):

@@ -53,6 +53,25 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, notes
 
 
+def read_run(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The same, of a reader's run: it says with which settings and from which sources it was trained."""
+    tensors, notes = read(path)
+    if "sources" not in notes.get("settings", {}):
+        raise Misconfigured(f"{path} is not the checkpoint of a reader's run: it names no sources.")
+    return tensors, notes
+
+
+def sources(notes: Mapping[str, Any]) -> list[str]:
+    """Every source that a run's weights have seen, those of the run it started from included."""
+    return list(dict.fromkeys([*notes["settings"]["sources"], *notes.get("before", ())]))
+
+
+def folds(notes: Mapping[str, Any]) -> list[Any]:
+    """The folds that a run, or any run of a blend, was trained for."""
+    runs = [notes, *notes.get("blend", ())]
+    return [run["settings"]["fold"] for run in runs if run["settings"].get("fold")]
+
+
 def part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The tensors whose names start with a prefix, without it."""
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
@@ -82,7 +101,7 @@ def blend(paths: Sequence[Path], shares: Sequence[float]) -> tuple[dict[str, Ten
     """
     if len(paths) != len(shares) or abs(sum(shares) - 1) > 1e-6:
         raise Misconfigured(f"{len(paths)} checkpoints need as many shares that sum to one, not {list(shares)}.")
-    opened = [read(path) for path in paths]
+    opened = [read_run(path) for path in paths]
     names = [set(part(tensors, "average.")) for tensors, _ in opened]
     if any(other != names[0] for other in names):
         raise Misconfigured(f"The checkpoints {', '.join(map(str, paths))} hold networks of different shapes.")
@@ -94,6 +113,6 @@ def blend(paths: Sequence[Path], shares: Sequence[float]) -> tuple[dict[str, Ten
         for name in sorted(names[0])
     }
     last = opened[-1][1]
-    sources = sorted({source for _, notes in opened for source in notes["settings"]["sources"]})
+    seen = sorted({source for _, notes in opened for source in sources(notes)})
     runs = [{"share": share, **notes} for share, (_, notes) in zip(shares, opened, strict=True)]
-    return mixed, {"step": last["step"], "settings": last["settings"] | {"sources": sources}, "blend": runs}
+    return mixed, {"step": last["step"], "settings": last["settings"] | {"sources": seen}, "blend": runs}

@@ -27,6 +27,7 @@ from busgen_cds import pixels
 from busgen_cds.errors import Misconfigured
 
 PATHOLOGIES = ("normal", "benign", "malignant")
+TAUGHT = frozenset({"train", "val"})
 HELD_OUT = frozenset({"test", "device-adapt", "device-test", "site-adapt", "site-test", "excluded"})
 COLUMNS = ("image", "mask", "source", "patient", "pathology", "split")
 UNKNOWN = -1
@@ -111,6 +112,8 @@ def read_manifest(root: Path) -> list[Row]:
             rows = [_row(record, line) for line, record in enumerate(table, start=2)]
     except OSError as error:
         raise Misconfigured(f"{path} cannot be read ({error.strerror}).") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise Misconfigured(f"{path} is not a table in UTF-8 ({error}): save it as CSV UTF-8.") from error
     _check(rows, root, path)
     return rows
 
@@ -144,6 +147,13 @@ def _check(rows: list[Row], root: Path, path: Path) -> None:
                 f"{path}, line {row.line} ({row.image}): unknown pathology {row.pathology!r};"
                 f" known are {', '.join(PATHOLOGIES)}."
             )
+        if row.split not in TAUGHT | HELD_OUT:
+            raise Misconfigured(
+                f"{path}, line {row.line} ({row.image}): unknown split {row.split!r};"
+                f" known are {', '.join(sorted(TAUGHT | HELD_OUT))}."
+            )
+        if not row.image:
+            raise Misconfigured(f"{path}, line {row.line}: no image is named.")
         for name in filter(None, (row.image, row.mask)):
             if not (root / name).is_file():
                 raise Misconfigured(f"{path}, line {row.line}: the file {name} is missing.")
@@ -172,6 +182,16 @@ def check_arm(rows: Iterable[Row], all_rows: Iterable[Row], folds: bool = False)
         raise Misconfigured(f"Training needs malignant and other images; the {len(rows)} rows chosen are all {only}.")
 
 
+def check_val(rows: Sequence[Row]) -> None:
+    """What a reader is calibrated on needs both answers, and a lesion that is drawn."""
+    if len({row.malignant for row in rows}) < 2:
+        raise Misconfigured(
+            f"Calibration needs malignant and other images in `val`: its {len(rows)} rows are all alike."
+        )
+    if not any(row.lesion and row.mask for row in rows):
+        raise Misconfigured("Calibration needs a lesion with its outline in `val`: no row there names a mask.")
+
+
 def fold_of(patient: str, count: int) -> int:
     """Which of `count` folds a patient belongs to; the same on every machine."""
     return int(hashlib.sha256(patient.encode()).hexdigest()[:8], 16) % count
@@ -179,7 +199,7 @@ def fold_of(patient: str, count: int) -> int:
 
 def load(root: Path, rows: Sequence[Row], cache: Path | None = None, size: int = pixels.SIZE) -> Images:
     """Prepare the rows' images, or take them from the cache that the same rows made before."""
-    kept = cache / f"prepared-{_key(rows, size)}.npz" if cache else None
+    kept = cache / f"prepared-{_key(root, rows, size)}.npz" if cache else None
     if kept is not None and kept.exists():
         with np.load(kept) as arrays:
             return Images(tuple(rows), arrays["image"], arrays["mask"], arrays["placed"])
@@ -192,7 +212,13 @@ def load(root: Path, rows: Sequence[Row], cache: Path | None = None, size: int =
         image[i] = np.rint(prepared[0] * 255)
         placed[i] = grey.shape
         if row.mask:
-            mask[i] = prepare_mask(_grey(root / row.mask, row), placement)
+            outline = _grey(root / row.mask, row)
+            if outline.shape != grey.shape:
+                raise Misconfigured(
+                    f"Line {row.line}: {row.mask} is {_sides(outline)} and its image {row.image} {_sides(grey)}:"
+                    " an outline is drawn at the size of its image."
+                )
+            mask[i] = prepare_mask(outline, placement)
     if kept is not None:
         kept.parent.mkdir(parents=True, exist_ok=True)
         partial = kept.with_suffix(f".{os.getpid()}.npz")
@@ -217,9 +243,17 @@ def _grey(path: Path, row: Row) -> NDArray[np.uint8]:
         raise Misconfigured(f"Line {row.line}: {path} cannot be decoded ({error}).") from error
 
 
-def _key(rows: Sequence[Row], size: int) -> str:
-    text = "\n".join(f"{row.image} {row.mask}" for row in rows)
-    return hashlib.sha256(f"{pixels.VERSION} {size}\n{text}".encode()).hexdigest()[:16]
+def _sides(grey: NDArray[np.uint8]) -> str:
+    return f"{grey.shape[1]} × {grey.shape[0]} pixels"
+
+
+def _key(root: Path, rows: Sequence[Row], size: int) -> str:
+    """Changes with the content of every file: two folders may hold other images under the same names."""
+    key = hashlib.sha256(f"{pixels.VERSION} {size}".encode())
+    for row in rows:
+        for name in (row.image, row.mask):
+            key.update(hashlib.sha256((root / name).read_bytes()).digest() if name else b"-")
+    return key.hexdigest()[:16]
 
 
 def balanced(images: Images) -> NDArray[np.float64]:

@@ -16,14 +16,12 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-import onnx
+import safetensors.numpy
 from numpy.typing import NDArray
-from onnx import numpy_helper
 from scipy import ndimage
-from scipy.stats import spearmanr
 
 from busgen_cds import birads, bundle
-from busgen_cds.learning import augment, calibrate, data, export, figures
+from busgen_cds.learning import calibrate, data, export, figures, probes
 from busgen_cds.learning.calibrate import Readings, Run
 from busgen_cds.learning.figures import Interval
 
@@ -32,7 +30,6 @@ Flags = NDArray[np.bool_]
 BANDS = birads.CATEGORIES
 FRAMES = (1, 5, 20, 300)
 LEAST_SPECIFICITY = 0.10  # of single frames, below which a gap between frame counts says nothing
-SHOWN = 0.05  # logits: an image with less positive evidence than this has no map to judge
 
 
 @dataclass(frozen=True)
@@ -99,12 +96,17 @@ def tests(images: data.Images, sources: Sequence[str]) -> list[Set]:
 
 
 def unseen(images: data.Images, sources: Sequence[str]) -> data.Images:
-    """What an arm may be tested on: everything that did not train, choose or calibrate it."""
-    return images.pick([row.source not in sources or row.split not in ("train", "val") for row in images.rows])
+    """What an arm may be tested on: every image of a patient who did not train, choose or calibrate it."""
+    seen = _seen(images, sources)
+    return images.pick([(row.source, row.patient) not in seen for row in images.rows])
+
+
+def _seen(images: data.Images, sources: Sequence[str]) -> set[tuple[str, str]]:
+    return {(row.source, row.patient) for row in images.rows if row.source in sources and row.split in ("train", "val")}
 
 
 def _unseen(sets: Sequence[Set], images: data.Images, sources: Sequence[str]) -> None:
-    seen = {(row.source, row.patient) for row in images.rows if row.source in sources and row.split in ("train", "val")}
+    seen = _seen(images, sources)
     for test in sets:
         for i in np.flatnonzero(test.keep):
             row = images.rows[i]
@@ -142,9 +144,9 @@ def measure(
     found["decision"] = decision(images, logit, test)
     found["roc"] = {s.name: _curve(logit[s.keep], images.malignant[s.keep]) for s in sets[:7]}
     tell(f"{arm.name}: shortcuts")
-    found["shortcuts"] = shortcuts(images, run, logit, test)
+    found["shortcuts"] = probes.shortcuts(images, run, logit, test)
     tell(f"{arm.name}: evidence maps")
-    found["heat"] = heat(arm, images, read, test & (images.malignant == 1), run)
+    found["heat"] = probes.evidence(images, read, test & (images.malignant == 1), arm.files[bundle.NETWORK])
     found["gate"] = gate(arm, images, read, run, foreign)
     tell(f"{arm.name}: studies of many frames")
     found["frames"] = frames(arm, images.pick(test), run, *sweeps) if sweeps[0] else {}
@@ -174,8 +176,8 @@ def classification(arm: Arm, images: data.Images, logit: Floats, keep: Flags) ->
     found["auc_patient"] = figures.auc_interval(means, positive, names)
     for name, border in (("3/4A", _floor(arm)), ("4A/4B", birads.logit(0.10))):
         hits, misses = score[truth == 1] >= border, score[truth == 0] < border
-        found[f"sensitivity {name}"] = figures.mean_interval(hits.astype(float), patients[truth == 1])
-        found[f"specificity {name}"] = figures.mean_interval(misses.astype(float), patients[truth == 0])
+        found[f"sensitivity {name}"] = figures.share_interval(hits, patients[truth == 1])
+        found[f"specificity {name}"] = figures.share_interval(misses, patients[truth == 0])
     probability = _probability(score)
     found["ece"] = figures.expected_calibration_error(probability, truth)
     found["brier"] = float(((probability - truth) ** 2).mean())
@@ -225,7 +227,7 @@ def outlines(arm: Arm, images: data.Images, read: Readings, sources: Sequence[st
 def _outlines(arm: Arm, images: data.Images, read: Readings, keep: Flags) -> dict[str, Any]:
     keep = keep & (images.masked == 1)
     index = np.flatnonzero(keep)
-    shown = sigmoid_of(read.presence) >= arm.manifest.thresholds.presence
+    shown = _probability(read.presence) >= arm.manifest.thresholds.presence
     overlap, near, far, with_presence = [], [], [], []
     for i in index:
         drawn = images.mask[i] > 127
@@ -250,10 +252,6 @@ def _outlines(arm: Arm, images: data.Images, read: Readings, keep: Flags) -> dic
     }
 
 
-def sigmoid_of(x: Floats) -> Floats:
-    return np.asarray(1 / (1 + np.exp(-x)))
-
-
 def enlarge(mask: NDArray[Any]) -> Floats:
     """(h, w) probabilities → twice the size, bilinear with aligned cells."""
     return np.asarray(ndimage.zoom(mask.astype(np.float32), 2, order=1, grid_mode=True, mode="nearest"))
@@ -261,8 +259,9 @@ def enlarge(mask: NDArray[Any]) -> Floats:
 
 def radiologists(images: data.Images, logit: Floats, keep: Flags) -> dict[str, Any]:
     """Against the readers' own BI-RADS: sensitivity at their specificity, on the same images, paired by patient."""
-    score, truth, patients = logit[keep], images.malignant[keep], images.patients[keep]
-    grade = np.array([int(row.labels.get("birads") or 0) for row in images.rows])[keep]
+    given = grades(images)
+    keep = keep & (given > 0)
+    score, truth, patients, grade = logit[keep], images.malignant[keep], images.patients[keep], given[keep]
     theirs = (grade >= 4).astype(np.float64)
 
     def at_theirs(index: NDArray[np.int64]) -> tuple[float, float, float]:
@@ -287,6 +286,12 @@ def radiologists(images: data.Images, logit: Floats, keep: Flags) -> dict[str, A
             lambda i: figures.auc(score[i], truth[i]) - figures.auc(grade[i], truth[i]), patients
         ),
     }
+
+
+def grades(images: data.Images) -> NDArray[np.int64]:
+    """The readers' BI-RADS of each image, 4A to 4C as 4; 0 where none is stated."""
+    said = [row.labels.get("birads", "")[:1] for row in images.rows]
+    return np.array([int(grade) if grade.isdigit() else 0 for grade in said], np.int64)
 
 
 def calibration(images: data.Images, logit: Floats, keep: Flags) -> dict[str, Any]:
@@ -325,13 +330,13 @@ def categories(arm: Arm, images: data.Images, logit: Floats, keep: Flags) -> dic
 def decision(images: data.Images, logit: Floats, keep: Flags) -> dict[str, Any]:
     """Net benefit of acting on the reader, on everybody, and on the radiologists' BI-RADS ≥ 4."""
     probability, truth = _probability(logit[keep]), images.malignant[keep]
-    theirs = np.array([float(int(row.labels.get("birads") or 0) >= 4) for row in images.rows])[keep]
+    theirs = (grades(images)[keep] >= 4).astype(np.float64)
     at = np.arange(0.01, 0.61, 0.01)
     return {
         "threshold": [round(float(t), 2) for t in at],
         "reader": [figures.net_benefit(probability, truth, t) for t in at],
         "everybody": [figures.net_benefit(np.ones(len(truth)), truth, t) for t in at],
-        "radiologists": [figures.net_benefit(np.where(theirs > 0, 1.0, 0.0), truth, t) for t in at],
+        "radiologists": [figures.net_benefit(theirs, truth, t) for t in at],
     }
 
 
@@ -340,158 +345,51 @@ def _curve(score: Floats, truth: NDArray[np.int64]) -> dict[str, list[float]]:
     return {"false": [round(float(v), 4) for v in false], "true": [round(float(v), 4) for v in true]}
 
 
-def shortcuts(images: data.Images, run: Run, logit: Floats, keep: Flags) -> dict[str, Any]:
-    """What the reader still knows when the lesion cannot be seen, and what its box alone tells."""
-    chosen = images.pick(keep)
-    truth, patients = chosen.malignant, chosen.patients
-    views = {
-        "lesion's box filled": np.stack([fill_box(i, m) for i, m in zip(chosen.image, chosen.mask, strict=True)]),
-        "border only": np.stack([border_only(i) for i in chosen.image]),
-        "painted marks added": np.stack([mark(i, k) for k, i in enumerate(chosen.image)]),
-    }
-    found: dict[str, Any] = {"as it is": figures.auc_interval(logit[keep], truth, patients)}
-    for name, view in views.items():
-        found[name] = figures.auc_interval(calibrate.read(run, view).malignancy, truth, patients)
-    area = np.array([_box_area(m) for m in chosen.mask])
-    found["area of the box alone"] = figures.auc_interval(area, truth, patients)
-    width, height = chosen.placed[:, 1].astype(float), chosen.placed[:, 0].astype(float)
-    found["shape of the image alone"] = figures.auc_interval(width / height, truth, patients)
-    return found
-
-
-def _box(mask: NDArray[np.uint8]) -> tuple[slice, slice]:
-    ys, xs = np.nonzero(mask > 127)
-    pad = 4
-    return slice(max(0, ys.min() - pad), ys.max() + pad + 1), slice(max(0, xs.min() - pad), xs.max() + pad + 1)
-
-
-def _box_area(mask: NDArray[np.uint8]) -> float:
-    rows, columns = _box(mask)
-    return float((rows.stop - rows.start) * (columns.stop - columns.start))
-
-
-def fill_box(image: NDArray[np.uint8], mask: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """The lesion's box painted in the mean grey of the tissue around it."""
-    out, box = image.copy(), _box(mask)
-    outside = np.ones(image.shape, bool)
-    outside[box] = False
-    tissue = image[outside & (image > 8)]
-    out[box] = int(tissue.mean()) if tissue.size else 0
-    return out
-
-
-def border_only(image: NDArray[np.uint8], share: float = 0.12) -> NDArray[np.uint8]:
-    """Only the rim of what the scanner showed."""
-    ys, xs = np.nonzero(image > 8)
-    if not len(ys):
-        return image
-    top, bottom, left, right = ys.min(), ys.max(), xs.min(), xs.max()
-    high, wide = int((bottom - top) * share), int((right - left) * share)
-    out = image.copy()
-    out[top + high : bottom - high, left + wide : right - wide] = 0
-    return out
-
-
-def mark(image: NDArray[np.uint8], seed: int) -> NDArray[np.uint8]:
-    """Painted marks in the grey that `pixels` does not take for marks."""
-    stencil = augment.painted_marks(1, image.shape[-1], 10_000 + seed)[0, 0].numpy()
-    return np.where(stencil > 0, np.uint8(205), image)
-
-
-def heat(arm: Arm, images: data.Images, read: Readings, keep: Flags, run: Run) -> dict[str, Any]:
-    """Where the positive evidence lies: inside the outline grown by 10 % of its diameter, against two controls."""
-    index = np.flatnonzero(keep & (images.masked == 1))
-    shown = np.array([np.clip(read.heat[i], 0, None).sum() >= SHOWN for i in index])
-    silent, index = int((~shown).sum()), index[shown]
-    grown = [_coarse(figures.dilate(images.mask[i] > 127), read.heat.shape[-1]) for i in index]
-    patients = images.patients[index]
-    ours = np.array([_inside(read.heat[i], g) for i, g in zip(index, grown, strict=True)])
-    centre = _centre(read.heat.shape[-1])
-    control = np.array([_inside(centre, g) for g in grown])
-    broken = calibrate.read(export.open_graph(randomise(arm.files[bundle.NETWORK])), images.image[index]).heat
-    lost = np.array([_inside(b, g) for b, g in zip(broken, grown, strict=True)])
-    alike = [float(spearmanr(read.heat[i].ravel(), b.ravel()).statistic) for i, b in zip(index, broken, strict=True)]
-    total = np.array([np.clip(read.heat[i], 0, None).sum() for i in index])
-    return {
-        "images": len(index),
-        "images without positive evidence": silent,
-        "inside": figures.mean_interval(ours, patients),
-        "inside_pooled": float((ours * total).sum() / total.sum()),
-        "centre_prior": figures.mean_interval(control, patients),
-        "mask_area": float(np.mean([g.mean() for g in grown])),
-        "random_weights": figures.mean_interval(np.nan_to_num(lost), patients),
-        "rank_correlation_with_random_weights": float(np.nanmean(alike)),
-    }
-
-
-def _inside(evidence: NDArray[Any], region: Floats) -> float:
-    positive = np.clip(evidence, 0, None)
-    total = float(positive.sum())
-    return float((positive * region).sum() / total) if total > 0 else 0.0
-
-
-def _coarse(region: Flags, grid: int) -> Floats:
-    """The share of each cell of a coarser grid that lies in the region."""
-    step = region.shape[0] // grid
-    return np.asarray(region.reshape(grid, step, grid, step).mean((1, 3)), np.float64)
-
-
-def _centre(grid: int) -> Floats:
-    """A map that knows nothing but that lesions are photographed in the middle."""
-    line = np.exp(-0.5 * ((np.arange(grid) + 0.5 - grid / 2) / (grid / 6)) ** 2)
-    high = np.exp(-0.5 * ((np.arange(grid) + 0.5 - grid * 0.4) / (grid / 6)) ** 2)
-    return np.asarray(high[:, None] * line[None, :])
-
-
-def randomise(graph: bytes, seed: int = 0) -> bytes:
-    """The same graph with the numbers of every stored weight shuffled."""
-    model = onnx.load_from_string(graph)
-    rng = np.random.default_rng(seed)
-    for tensor in model.graph.initializer:
-        if tensor.name.endswith("_half"):
-            values = numpy_helper.to_array(tensor)
-            tensor.CopyFrom(numpy_helper.from_array(rng.permutation(values.ravel()).reshape(values.shape), tensor.name))
-    return bytes(model.SerializeToString())
-
-
 def gate(arm: Arm, images: data.Images, read: Readings, run: Run, foreign: Mapping[str, ForeignFile]) -> dict[str, Any]:
-    """Share of frames that are declined as unlike the training data."""
-    import safetensors.numpy
-
+    """Share of frames, and of files of other organs, that are declined as unlike the training data."""
     held = safetensors.numpy.load(arm.files[bundle.DOMAIN])
-    distance = calibrate.Gate(held["mean"], held["whiten"]).distance(read.embedding)
-    declined = distance > arm.manifest.thresholds.domain
+    fitted, reach = calibrate.Gate(held["mean"], held["whiten"]), arm.manifest.thresholds.domain
+
+    def strange(embedding: NDArray[np.float32]) -> Flags:
+        return np.asarray(fitted.distance(embedding) > reach)
+
+    declined = strange(read.embedding)
     doppler = np.array([row.labels.get("doppler") == "1" for row in images.rows])
     uclm = _rows(images, "bus_uclm", "site-adapt", "site-test")
     sets = {
         "BUS-BRA test": _rows(images, "busbra", "test"),
         "BUS-BRA unseen devices": _rows(images, "busbra", "device-adapt", "device-test"),
+        "BUSI test": _rows(images, "busi", "test"),
+        "BUS-UCLM B-mode": uclm & ~doppler,
+        "BUS-UCLM Doppler": uclm & doppler,
     }
-    sets["BUSI test"] = _rows(images, "busi", "test")
-    sets |= {"BUS-UCLM B-mode": uclm & ~doppler, "BUS-UCLM Doppler": uclm & doppler}
     found: dict[str, Any] = {name: figures.wilson(int(declined[k].sum()), int(k.sum())) for name, k in sets.items()}
-    if not foreign:
-        return found
-    strange: dict[str, bool] = {}
-    for name, file in foreign.items():
-        if len(file.pictures):
-            far = calibrate.Gate(held["mean"], held["whiten"]).distance(calibrate.read(run, file.pictures).embedding)
-            strange[name] = float((far > arm.manifest.thresholds.domain).mean()) >= 0.5
-    kept = sorted(name for name, file in foreign.items() if not file.refused and not strange.get(name, False))
-    found["files of other organs"] = figures.wilson(len(foreign) - len(kept), len(foreign))
+    alone = {
+        name: float(strange(calibrate.read(run, file.pictures).embedding).mean()) >= 0.5
+        for name, file in foreign.items()
+        if len(file.pictures)
+    }
+    return found | (_other_organs(foreign, alone) if foreign else {})
+
+
+def _other_organs(foreign: Mapping[str, ForeignFile], alone: Mapping[str, bool]) -> dict[str, Any]:
+    """`alone`: whether the gate would decline a file that intake had let through."""
+    kept = sorted(name for name, file in foreign.items() if not file.refused and not alone.get(name, False))
     refused = sum(file.refused for file in foreign.values())
-    found["files of other organs, by what their header says"] = figures.wilson(refused, len(foreign))
-    found["files of other organs, by the gate alone"] = figures.wilson(sum(strange.values()), len(strange))
-    found["files read after all"] = kept
-    found["files the gate alone would read"] = sorted(name for name, far in strange.items() if not far)
-    return found
+    return {
+        "files of other organs": figures.wilson(len(foreign) - len(kept), len(foreign)),
+        "files of other organs, by what their header says": figures.wilson(refused, len(foreign)),
+        "files of other organs, by the gate alone": figures.wilson(sum(alone.values()), len(alone)),
+        "files read after all": kept,
+        "files the gate alone would read": sorted(name for name, far in alone.items() if not far),
+    }
 
 
 def frames(arm: Arm, images: data.Images, run: Run, patients: int, count: int) -> dict[str, Any]:
     """Specificity and sensitivity at the 3/4A border of studies of n frames, corrected as the engine corrects them."""
     simulated = calibrate.simulate(run, images, arm.manifest.calibration, patients, count, seed=7)
     border, pooling = _floor(arm), arm.manifest.pooling
-    found: dict[str, Any] = {"patients": patients, "malignant": sum(simulated.malignant)}
+    found: dict[str, Any] = {"patients": len(simulated.malignant), "malignant": sum(simulated.malignant)}
     gaps: list[float] = []
     for n in FRAMES:
         score, truth = calibrate.highest(simulated, n)

@@ -90,7 +90,7 @@ def open_checkpoints(
     """The averaged weights of some runs as one network, rounded to what will be stored, and what each run was."""
     members, notes = [], []
     for path in paths:
-        tensors, note = checkpoint.read(path)
+        tensors, note = checkpoint.read_run(path)
         changed = {"tasks": _heads(note["settings"])} | ({} if floor is None else {"floor": floor})
         member = Reader(Shape(**note["settings"]["shape"] | changed))
         member.load_state_dict(checkpoint.part(tensors, "average."))

@@ -2,7 +2,7 @@
 
 Rules:
 - An interval is a bootstrap over patients, never over images: two views of one lesion are one piece of evidence.
-- A share near 0 or 1 has a Wilson interval.
+- A share of 0 or 1 has a Wilson interval over patients, since no resampling shows its doubt.
 """
 
 from __future__ import annotations
@@ -50,6 +50,8 @@ def bootstrap(
     statistic: Callable[[Ints], float], patients: NDArray[np.str_], count: int = 1000, seed: int = 0
 ) -> Interval:
     """A statistic of image indices, with its 95 % percentile interval over resampled patients."""
+    if not len(patients):
+        return Interval(math.nan, math.nan, math.nan)
     names, inverse = np.unique(patients, return_inverse=True)
     members = [np.flatnonzero(inverse == i) for i in range(len(names))]
     rng = np.random.default_rng(seed)
@@ -70,6 +72,14 @@ def auc_interval(score: Floats, truth: Ints, patients: NDArray[np.str_], count: 
 
 def mean_interval(values: Floats, patients: NDArray[np.str_], count: int = 1000) -> Interval:
     return bootstrap(lambda i: float(values[i].mean()) if len(i) else math.nan, patients, count)
+
+
+def share_interval(hits: NDArray[np.bool_], patients: NDArray[np.str_], count: int = 1000) -> Interval:
+    """A share of images. Where it is all or none, resampling knows no doubt: Wilson's, over patients."""
+    if len(hits) and (hits.all() or not hits.any()):
+        names = len(np.unique(patients))
+        return wilson(names if hits.all() else 0, names)
+    return mean_interval(hits.astype(np.float64), patients, count)
 
 
 def by_patient(score: Floats, truth: Ints, patients: NDArray[np.str_]) -> tuple[Floats, Ints, NDArray[np.str_]]:
@@ -100,7 +110,8 @@ def sensitivity_at_specificity(score: Floats, truth: Ints, wanted: float) -> flo
     if not (truth > 0).any() or not (truth == 0).any():
         return math.nan
     false, true = roc(score, truth)
-    return float(np.interp(1 - wanted, false, true))
+    allowed = 1 - wanted + 1e-9  # 1 - k/n may lie a rounding below (n - k)/n, at the foot of a step instead of its top
+    return float(np.interp(allowed, false, true))
 
 
 def roc(score: Floats, truth: Ints) -> tuple[Floats, Floats]:

@@ -101,7 +101,7 @@ def _page(document: Document) -> Iterable[str]:
     yield "# The reader, measured"
     yield ""
     yield "Made by `busgen-cds evaluate`; the numbers are in `reader.json`. Intervals are 95 % bootstraps over patients,"
-    yield "shares near 0 or 1 have Wilson intervals. What was chosen on `val`, and what was looked at when, is in `log-reader.md`."
+    yield "shares of 0 or 1, and those of the tables that say so, Wilson's. What was chosen on `val`, and what was looked at when, is in `log-reader.md`."
     yield ""
     yield "## Bars"
     yield from _table(
@@ -184,7 +184,8 @@ def _arm(arm: Document) -> Iterable[str]:
         "inside_pooled": "the same, images weighed by their evidence",
         "centre_prior": "control: a map that only knows the centre",
         "mask_area": "share of the input that the grown mask covers",
-        "random_weights": "weights shuffled: evidence inside",
+        "random_weights_images": "weights shuffled: images that still show positive evidence",
+        "random_weights": "weights shuffled: evidence inside, of those",
         "rank_correlation_with_random_weights": "weights shuffled: rank correlation of the maps",
     }
     yield from _table(("figure", "value"), [(text, _text(arm["heat"][k])) for k, text in names.items()])

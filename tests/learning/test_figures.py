@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from busgen_cds.birads import Pooling
-from busgen_cds.learning import augment, calibrate, data, evaluate, figures, report
+from busgen_cds.learning import augment, calibrate, data, evaluate, export, figures, probes, report
 from tests.learning import toys
 
 
@@ -27,6 +28,26 @@ def test_intervals_resample_patients() -> None:
     once = figures.auc_interval(score, truth, names, 300)
     twice = figures.auc_interval(np.tile(score, 2), np.tile(truth, 2), np.tile(names, 2), 300)
     assert twice.high - twice.low == pytest.approx(once.high - once.low, rel=0.05)
+
+
+def test_a_step_of_the_roc_is_read_at_its_top() -> None:
+    """At any specificity that a reader can have, the sensitivity is the best one there, whatever rounding does."""
+    rng = np.random.default_rng(2)
+    truth = np.repeat([0, 1], [265, 122])
+    score = rng.standard_normal(387) + truth
+    negatives = np.sort(score[truth == 0])
+    for kept in range(1, 265):
+        best = figures.sensitivity(score, truth, np.nextafter(negatives[kept - 1], 9))
+        assert figures.sensitivity_at_specificity(score, truth, kept / 265) == pytest.approx(best, abs=1e-6)
+
+
+def test_all_found_is_not_certainty() -> None:
+    """All of 37 cancers found says no more than Wilson: of 30 patients, 11 % may be missed; a part is resampled."""
+    patients = np.array([f"p{i % 30}" for i in range(37)])
+    found = figures.share_interval(np.ones(37, bool), patients)
+    assert found == figures.wilson(30, 30) and found.low == pytest.approx(0.886, abs=0.001)
+    some = np.arange(37) > 3
+    assert figures.share_interval(some, patients) == figures.mean_interval(some.astype(float), patients)
 
 
 def test_wilson_of_nothing_found() -> None:
@@ -137,13 +158,48 @@ def test_pooling_holds_specificity() -> None:
     assert figures.specificity(score - Pooling().correction(300), truth, -4.0) < min(found) - 0.05
 
 
+def test_readings_are_kept_for_their_own_images(tmp_path: Path) -> None:
+    """Other images under the same network are read, not remembered."""
+    shown = np.arange(2 * 4 * 4, dtype=np.uint8).reshape(2, 4, 4)
+
+    def run(frames: np.ndarray) -> dict[str, np.ndarray]:
+        each, grid = frames.mean((1, 2, 3)), frames[:, 0]
+        return dict(zip(export.OUTPUTS, (frames, each, each, grid, grid[:, 0], each), strict=True))
+
+    for images in (shown, shown[::-1], shown):
+        kept = calibrate.cached(run, images, tmp_path, "n" * 64)
+        np.testing.assert_allclose(kept.malignancy, images.mean((1, 2)) / 255, rtol=1e-5)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_no_patient_that_an_arm_has_seen_is_tested(tmp_path: Path) -> None:
+    """What may be tested is chosen by patient: an excluded image of a patient who trained is left out as well."""
+    rows = [row | {"patient": f"p{int(row['patient'][1:]) // 2}", "split": "train"} for row in toys.records(12)]
+    for i, split in ((1, "excluded"), (8, "test"), (9, "test"), (10, "excluded"), (11, "excluded")):
+        rows[i]["split"] = split
+    images = data.load(tmp_path, data.read_manifest(toys.write(tmp_path, rows)), None, toys.SIZE)
+    assert [row.image for row in evaluate.unseen(images, ["toy"]).rows] == ["8.png", "9.png", "10.png", "11.png"]
+    assert len(evaluate.unseen(images, ["other"])) == 12
+
+
+def test_images_without_a_grade_say_nothing_of_the_readers(tmp_path: Path) -> None:
+    """An image that nobody graded is not counted as a reader's "benign"; 4A is a 4."""
+    rows = toys.records(12)
+    for row in rows:
+        row["birads"] = {"malignant": "4A", "benign": "3", "normal": ""}[row["pathology"]]
+    images = data.load(tmp_path, data.read_manifest(toys.write(tmp_path, rows)), None, toys.SIZE)
+    found = evaluate.radiologists(images, images.malignant.astype(float), np.ones(12, bool))
+    assert found["images"] == 8
+    assert found["readers_sensitivity"] == found["readers_specificity"] == found["our_sensitivity"].value == 1
+
+
 def test_probes_hide_what_they_say() -> None:
     """The filled box shows no lesion, and the border nothing of the middle."""
     image, mask = toys.picture("malignant", 0, size=128)
     outline = mask.astype(np.uint8) * 255
-    filled = evaluate.fill_box(image, outline)
+    filled = probes.fill_box(image, outline)
     assert np.ptp(filled[mask]) == 0
-    assert evaluate.border_only(image)[40:80, 40:80].max() == 0
+    assert probes.border_only(image)[40:80, 40:80].max() == 0
 
 
 def test_a_bar_that_was_not_measured_says_so() -> None:
@@ -153,3 +209,17 @@ def test_a_bar_that_was_not_measured_says_so() -> None:
     assert verdicts["bundle size, MB"] == "missed"
     assert verdicts["one frame on two CPU cores, ms"] == "met"
     assert verdicts["AUC, BUSI as external test, all 780"] == "not measured"
+
+
+def test_evidence_and_its_control_are_judged_alike() -> None:
+    """A control that has lost all its evidence is not "0 % inside": it is counted apart, as the reader's maps are."""
+    rng = np.random.default_rng(0)
+    grown = np.zeros((5, 8, 8))
+    grown[:, 2:5, 2:5] = 1
+    broken = -rng.random((5, 8, 8)).astype(np.float32)
+    broken[0] *= -1
+    found = probes.located(grown.astype(np.float32), broken, grown, np.array(list("abcde")))
+    assert found["inside"].value == 1 and found["random_weights_images"] == 1
+    assert found["random_weights"].value == pytest.approx(9 / 64, abs=0.04)
+    mute = probes.located(grown.astype(np.float32), -np.abs(broken), grown, np.array(list("abcde")))
+    assert mute["random_weights_images"] == 0 and math.isnan(mute["random_weights"].value)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from busgen_cds.errors import Misconfigured
-from busgen_cds.learning import evaluate, export
+from busgen_cds.learning import export, probes
 from busgen_cds.learning.encoders import Encoder
 from busgen_cds.learning.reader import MALIGNANCY, Reader, Shape, attend
 
@@ -163,7 +163,7 @@ def test_graph_agrees_with_torch(exported: tuple[export.Deployed, bytes]) -> Non
 def test_a_graph_that_disagrees_is_no_candidate(exported: tuple[export.Deployed, bytes]) -> None:
     """A graph that does not agree with torch is refused."""
     deployed, graph = exported
-    run = export.open_graph(evaluate.randomise(graph))
+    run = export.open_graph(probes.randomise(graph))
     with pytest.raises(Misconfigured, match="does not agree"):
         export.parity(deployed, run, frames(2).numpy())
 

@@ -8,11 +8,14 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from busgen_cds.errors import Misconfigured
 from busgen_cds.learning import checkpoint, data, tasks
+from busgen_cds.learning.encoders import Encoder
 from busgen_cds.learning.recipes import train_reader
 from tests.learning import toys
 
@@ -93,7 +96,7 @@ def test_a_loss_that_is_not_a_number(root: Path, tmp_path: Path) -> None:
     """A NaN loss stops the run with a message; the last good checkpoint stays."""
     path = train_reader.train(root, tmp_path / "run", toys.settings(steps=2))
     kept = path.read_bytes()
-    with pytest.raises(Misconfigured, match="not a number"):
+    with pytest.raises(Misconfigured, match=r"not a number.*another folder.*--start"):
         train_reader.train(root, tmp_path / "bad", toys.settings(weight_mask=math.nan), start=path)
     assert path.read_bytes() == kept
 
@@ -134,6 +137,45 @@ def test_an_unknown_label_is_named(tmp_path: Path) -> None:
     rows[2]["pathology"] = "cyst"
     with pytest.raises(Misconfigured, match=r"line 4.*'cyst'"):
         data.read_manifest(toys.write(tmp_path, rows))
+
+
+def test_an_unknown_split_is_named(tmp_path: Path) -> None:
+    """A split that nobody knows is refused: its row would neither train nor be held out, and nobody would know."""
+    rows = toys.records()
+    rows[2]["split"] = "tset"
+    with pytest.raises(Misconfigured, match=r"line 4 \(2\.png\): unknown split 'tset'"):
+        data.read_manifest(toys.write(tmp_path, rows))
+
+
+def test_a_row_without_an_image_is_named(root: Path) -> None:
+    """A row that names no image is refused with its line."""
+    table = root / "manifest.csv"
+    table.write_text(table.read_text().replace("3.png,", ",", 1))
+    with pytest.raises(Misconfigured, match="line 5: no image is named"):
+        data.read_manifest(root)
+
+
+def test_a_manifest_in_another_encoding_is_named(root: Path) -> None:
+    """A manifest that a spreadsheet saved in its own encoding is refused by name, with the way out."""
+    table = root / "manifest.csv"
+    table.write_bytes(table.read_bytes().replace(b"scanner 1", b"scanner \xe9"))
+    with pytest.raises(Misconfigured, match=r"manifest\.csv is not a table in UTF-8.*save it as CSV UTF-8"):
+        data.read_manifest(root)
+
+
+def test_an_outline_of_another_size_is_named(root: Path) -> None:
+    """An outline that was not drawn at the size of its image would be stretched: it is refused with line and sizes."""
+    Image.fromarray(np.ones((20, 90), bool)).save(root / "4-mask.png")
+    with pytest.raises(Misconfigured, match=r"Line 6: 4-mask\.png is 90 × 20 pixels and its image 4\.png 64 × 64"):
+        data.load(root, data.read_manifest(root), None, toys.SIZE)
+
+
+def test_prepared_images_are_those_of_the_files(root: Path, tmp_path: Path) -> None:
+    """An image that was replaced, or another folder with the same names, never comes out of the cache."""
+    first = data.load(root, data.read_manifest(root), tmp_path / "cache", toys.SIZE)
+    Image.fromarray(np.full((toys.SIZE, toys.SIZE), 9, np.uint8)).save(root / "3.png")
+    again = data.load(root, data.read_manifest(root), tmp_path / "cache", toys.SIZE)
+    assert (again.image[3] == 9).all() and (again.image[2] == first.image[2]).all()
 
 
 def test_a_patient_in_two_splits_is_named(tmp_path: Path) -> None:
@@ -186,6 +228,61 @@ def test_folds_never_share_a_patient(root: Path) -> None:
         assert not {row.patient for row in training} & {row.patient for row in val}
         left_out += [row.patient for row in val]
     assert sorted(left_out) == sorted(row.patient for row in rows)
+
+
+def test_a_run_says_what_its_start_has_seen(root: Path, tmp_path: Path) -> None:
+    """What the weights that a run began with had seen counts as seen, also when the run goes on without them; and a
+    run that leaves patients out never starts from weights that saw them, nor lends its own."""
+    start = train_reader.train(root, tmp_path / "start", toys.settings(steps=1))
+    tensors, notes = checkpoint.read(start)
+    checkpoint.write(start, tensors, notes | {"before": ["long ago"]})
+
+    def kill(report: train_reader.Report) -> None:
+        raise Killed
+
+    settings = toys.settings(steps=2, save_every=1)
+    with pytest.raises(Killed):
+        train_reader.train(root, tmp_path / "run", settings, start=start, tell=kill)
+    path = train_reader.train(root, tmp_path / "run", settings)
+    assert checkpoint.sources(checkpoint.read(path)[1]) == ["toy", "long ago"]
+    with pytest.raises(Misconfigured, match="start from a run of its fold"):
+        train_reader.train(root, tmp_path / "fold", toys.settings(steps=1, fold=(0, 3)), start=path)
+    notes["settings"]["fold"] = [0, 3]
+    checkpoint.write(start, tensors, notes)
+    with pytest.raises(Misconfigured, match="patients that this run leaves out"):
+        train_reader.train(root, tmp_path / "next", toys.settings(steps=1), start=start)
+
+
+def test_the_encoder_is_held_where_that_changes(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The encoder holds still for the first half, then all but two blocks learn; a run that was killed goes on so."""
+    asked: list[int | None] = []
+    hold = Encoder.hold
+    monkeypatch.setattr(Encoder, "hold", lambda self, blocks: (asked.append(blocks), hold(self, blocks))[1])
+    settings = toys.settings(probe=0.5, still=2)
+
+    def kill(report: train_reader.Report) -> None:
+        if report.step == 4:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train_reader.train(root, tmp_path / "killed", settings, tell=kill)
+    assert asked == [None, 2]
+    path = train_reader.train(root, tmp_path / "killed", settings)
+    assert asked == [None, 2, 2]
+    torch.manual_seed(settings.seed)
+    begun, ended = Encoder().state_dict(), checkpoint.part(checkpoint.read(path)[0], "reader.encoder.")
+    moved = {name for name in begun if not torch.equal(begun[name], ended[name])}
+    assert moved and not any(name.startswith(("stem.", "blocks.0.", "blocks.1.")) for name in moved)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [({"warm_up": 0}, "warm_up is 0"), ({"batch": 0}, "batch is 0"), ({"size": 98}, "multiple of 4")],
+)
+def test_a_setting_that_cannot_be(change: dict[str, int], said: str) -> None:
+    """A setting that no run can have is refused before anything is read."""
+    with pytest.raises(Misconfigured, match=said):
+        toys.settings(**change)
 
 
 def test_missing_starting_weights_are_named(root: Path, tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def compare(
 
 
 def _fold(path: Path) -> tuple[int, int]:
-    fold = checkpoint.read(path)[1]["settings"]["fold"]
+    fold = checkpoint.read_run(path)[1]["settings"]["fold"]
     if not fold:
         raise Misconfigured(f"{path} was not trained for a fold: train it with --fold k/n.")
     return int(fold[0]), int(fold[1])

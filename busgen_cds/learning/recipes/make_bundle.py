@@ -1,7 +1,7 @@
 """Trained checkpoints → a calibrated Candidate: open, export, check parity, calibrate on `val`, describe.
 
 Rules:
-- Members of one ensemble come from one arm: the same sources, the same split.
+- Members of one ensemble come from one arm: the same sources, the same split. What a run started from counts as seen.
 - Every number in the Candidate that was fitted was fitted on `val`; the gate's directions come from `train`.
 """
 
@@ -20,7 +20,7 @@ import numpy as np
 from busgen_cds import bundle, signing
 from busgen_cds.birads import logit
 from busgen_cds.errors import Misconfigured
-from busgen_cds.learning import calibrate, card, data, export, figures
+from busgen_cds.learning import calibrate, card, checkpoint, data, export, figures
 from busgen_cds.learning.recipes import train_reader
 
 
@@ -55,6 +55,7 @@ def make(
     settings = train_reader.Settings(sources=sources)
     train_rows, val_rows = train_reader.choose(rows, settings)
     data.check_arm(train_rows, rows)
+    data.check_val(val_rows)
     train = data.load(root, train_rows, cache)
     val = data.load(root, val_rows, cache)
 
@@ -135,7 +136,11 @@ def lowest_suspicion(thresholds: bundle.Thresholds) -> float:
 
 
 def _one_arm(notes: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
-    arms = {tuple(note["settings"]["sources"]) for note in notes}
+    if any(checkpoint.folds(note) for note in notes):
+        raise Misconfigured(
+            "A run of cross-validation has seen patients of test splits: it is never made into a bundle."
+        )
+    arms = {tuple(checkpoint.sources(note)) for note in notes}
     if len(arms) != 1:
         raise Misconfigured(f"The checkpoints come from different arms: {sorted(arms)}.")
     return arms.pop()

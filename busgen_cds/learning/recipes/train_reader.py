@@ -10,29 +10,25 @@ Run on several GPUs with `torchrun --nproc-per-node N -m busgen_cds train …`: 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import logging
 import math
-import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from busgen_cds.errors import Misconfigured
-from busgen_cds.learning import augment, checkpoint, data, figures
+from busgen_cds.learning import augment, checkpoint, data, figures, processes
+from busgen_cds.learning.processes import Team
 from busgen_cds.learning.reader import Reader, Reading, Shape
 from busgen_cds.learning.tasks import Task
 
-log = logging.getLogger(__name__)
 CHECKPOINT = "reader.safetensors"
 BIRADS = ("2", "3", "4", "5")
 
@@ -72,6 +68,14 @@ class Settings:
     strength: augment.Strength = field(default_factory=augment.Strength)
     tasks: tuple[Task, ...] = ()
 
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "size", "warm_size", "warm_up", "report_every", "save_every"):
+            if getattr(self, name) < 1:
+                raise Misconfigured(f"The setting {name} is {getattr(self, name)}: it is at least 1.")
+        for name in ("size", "warm_size"):  # the mask's grid is a quarter of the image
+            if getattr(self, name) % 4:
+                raise Misconfigured(f"The setting {name} is {getattr(self, name)}: it is a multiple of 4.")
+
 
 PRESETS: dict[str, dict[str, Any]] = {
     "cpu": {},
@@ -101,62 +105,94 @@ def train(
 
     `init` is an encoder (npz), `start` another run's checkpoint, `generated` a folder of generated images.
     """
+    with processes.team() as team:
+        return _train(root, out, settings, init, start, cache, tell, generated, team)
+
+
+def _train(
+    root: Path,
+    out: Path,
+    settings: Settings,
+    init: Path | None,
+    start: Path | None,
+    cache: Path | None,
+    tell: Callable[[Report], None],
+    generated: Path | None,
+    team: Team,
+) -> Path:
     # Set up.
-    with _group() as (rank, world):
-        if settings.threads:
-            torch.set_num_threads(settings.threads)
-        device = torch.device("cuda", rank % torch.cuda.device_count()) if torch.cuda.is_available() else "cpu"
-        rows = data.read_manifest(root)
-        train_rows, val_rows = choose(rows, settings)
-        data.check_arm(train_rows, rows, folds=settings.fold is not None)
-        if settings.generated and generated is None:
-            raise Misconfigured("A share of generated images needs the folder where they lie.")
-        if settings.generated and generated is not None:
-            train_rows = train_rows + data.read_generated(generated)
-        images = data.load(root, train_rows, cache, settings.size)
-        val = data.load(root, val_rows, cache, settings.size)
-        weights = data.balanced(images)
-        if settings.generated:
-            weights = data.with_share(weights, images, data.GENERATED, settings.generated)
-        targets = Targets.of(images, settings)
-        marks = augment.painted_marks(256, settings.size, settings.seed)
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    images, val = _load(root, settings, cache, generated)
+    weights = data.balanced(images)
+    if settings.generated:
+        weights = data.with_share(weights, images, data.GENERATED, settings.generated)
+    targets = Targets.of(images, settings)
+    marks = augment.painted_marks(256, settings.size, settings.seed)
 
-        torch.manual_seed(settings.seed)
-        reader = Reader(shape_of(settings))
-        average = Reader(shape_of(settings))
-        _begin(reader, init, start)
-        average.load_state_dict(reader.state_dict())
-        reader.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        average.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        optimiser = _optimiser(reader, settings)
-        # L2-SP (Li et al., ICML 2018): what few images teach is held to the weights before
-        before = [p.detach().clone() for p in reader.parameters()] if settings.anchor else []
+    torch.manual_seed(settings.seed)
+    reader, average = Reader(shape_of(settings)), Reader(shape_of(settings))
+    before = _begin(reader, settings, init, start)
+    average.load_state_dict(reader.state_dict())
+    for one in (reader, average):
+        one.to(team.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimiser = _optimiser(reader, settings)
+    # L2-SP (Li et al., ICML 2018): what few images teach is held to the weights before
+    anchors = [p.detach().clone() for p in reader.parameters()] if settings.anchor else []
 
-        # Restore.
-        path = out / CHECKPOINT
-        first = _restore(path, reader, average, optimiser, settings)
-        network: nn.Module = _shared(reader, settings) if world > 1 else reader
-        began, seen, loss = time.monotonic(), 0, math.nan
+    # Restore.
+    path = out / CHECKPOINT
+    if path.exists():
+        first, before = _restore(path, reader, average, optimiser, settings)
+    else:
+        first = 0
+    reader.encoder.hold(held(first, settings))
+    network: nn.Module = _shared(reader, settings) if team.world > 1 else reader
+    began, seen, loss = time.monotonic(), 0, math.nan
 
-        # Loop.
-        for step in range(first, settings.steps + 1):
-            if step > first and (step % settings.report_every == 0 or step == settings.steps) and rank == 0:
-                measured = judge(average, val, settings, device)
-                tell(Report(step, loss, seen / (time.monotonic() - began), measured))
-            if step > first and (step % settings.save_every == 0 or step == settings.steps) and rank == 0:
-                save(path, reader, average, optimiser, settings, step)
-            if step == settings.steps:
-                break
-            reader.encoder.hold(None if step < settings.probe * settings.steps else settings.still)
-            for group in optimiser.param_groups:
-                group["lr"] = group["peak"] * _pace(step, settings)
-            batch = make_batch(images, targets, weights, marks, settings, step, rank, world)
-            loss = _step(network, reader, average, optimiser, batch, settings, step, device)
-            if before:
-                with torch.no_grad():
-                    torch._foreach_lerp_(list(reader.parameters()), before, settings.anchor)
-            seen += settings.batch
+    # Loop.
+    for step in range(first, settings.steps + 1):
+        if team.leads and step > first and _due(step, settings.report_every, settings):
+            measured = judge(average, val, settings, team.device)
+            tell(Report(step, loss, seen / (time.monotonic() - began), measured))
+        if team.leads and step > first and _due(step, settings.save_every, settings):
+            save(path, reader, average, optimiser, settings, step, before)
+        if step == settings.steps:
+            break
+        if step > first and held(step, settings) != held(step - 1, settings):
+            reader.encoder.hold(held(step, settings))
+        for group in optimiser.param_groups:
+            group["lr"] = group["peak"] * _pace(step, settings)
+        batch = make_batch(images, targets, weights, marks, settings, step, team.rank, team.world)
+        loss = _step(network, reader, average, optimiser, batch, settings, step, team.device)
+        if anchors:
+            with torch.no_grad():
+                torch._foreach_lerp_(list(reader.parameters()), anchors, settings.anchor)
+        seen += settings.batch
     return path
+
+
+def _load(
+    root: Path, settings: Settings, cache: Path | None, generated: Path | None
+) -> tuple[data.Images, data.Images]:
+    """The images that train, and those that judge."""
+    rows = data.read_manifest(root)
+    train_rows, val_rows = choose(rows, settings)
+    data.check_arm(train_rows, rows, folds=settings.fold is not None)
+    if settings.generated and generated is None:
+        raise Misconfigured("A share of generated images needs the folder where they lie.")
+    if settings.generated and generated is not None:
+        train_rows = train_rows + data.read_generated(generated)
+    return data.load(root, train_rows, cache, settings.size), data.load(root, val_rows, cache, settings.size)
+
+
+def _due(step: int, every: int, settings: Settings) -> bool:
+    return step % every == 0 or step == settings.steps
+
+
+def held(step: int, settings: Settings) -> int | None:
+    """How many of the encoder's blocks hold still; None: all of it."""
+    return None if step < settings.probe * settings.steps else settings.still
 
 
 def _shared(reader: Reader, settings: Settings) -> nn.Module:
@@ -292,7 +328,8 @@ def _step(
     if not torch.isfinite(loss):
         bad = ", ".join(name for name, term in terms.items() if not torch.isfinite(term))
         raise Misconfigured(
-            f"The loss at step {step} is not a number ({bad}). The last checkpoint is kept; lower the rate and go on."
+            f"The loss at step {step} is not a number ({bad}). What was saved is kept: train in another folder with a"
+            " lower rate, from this one's last checkpoint (--start) if there is one."
         )
     optimiser.zero_grad(set_to_none=True)
     loss.backward()  # type: ignore[no-untyped-call]
@@ -327,26 +364,31 @@ def _optimiser(reader: Reader, settings: Settings) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=settings.rate, foreach=True)
 
 
-def _begin(reader: Reader, init: Path | None, start: Path | None) -> None:
+def _begin(reader: Reader, settings: Settings, init: Path | None, start: Path | None) -> list[str]:
+    """Give the reader its first weights; returns the sources that these have seen."""
     if start is not None:
-        tensors, notes = checkpoint.read(start)
-        theirs = notes.get("settings", {}).get("shape", {}).get("encoder", "mobilenet")
+        tensors, notes = checkpoint.read_run(start)
+        theirs, fold = notes["settings"].get("shape", {}).get("encoder", "mobilenet"), notes["settings"].get("fold")
         if theirs != reader.shape.encoder:
             raise Misconfigured(f"{start} stands on the encoder {theirs}: go on from it with --encoder {theirs}.")
+        if (settings.fold or fold) and fold != (list(settings.fold) if settings.fold else None):
+            raise Misconfigured(f"{start} has seen patients that this run leaves out: start from a run of its fold.")
         known = reader.state_dict()
         taken = {k: v for k, v in checkpoint.part(tensors, "average.").items() if k in known}
         reader.load_state_dict({**known, **taken})
-    elif init is not None:
+        return checkpoint.sources(notes)
+    if init is not None:
         if not init.is_file():
             raise Misconfigured(f"The starting weights {init} are missing.")
         reader.encoder.start_from(init)
+    return []
 
 
-def _restore(path: Path, reader: Reader, average: Reader, optimiser: torch.optim.Optimizer, settings: Settings) -> int:
-    """The step to go on with; 0 when nothing is there."""
-    if not path.exists():
-        return 0
-    tensors, notes = checkpoint.read(path)
+def _restore(
+    path: Path, reader: Reader, average: Reader, optimiser: torch.optim.Optimizer, settings: Settings
+) -> tuple[int, list[str]]:
+    """The step to go on with, and the sources that the run's first weights had seen."""
+    tensors, notes = checkpoint.read_run(path)
     asked = describe(settings)
     known = {**describe(Settings()), **notes["settings"]}  # a setting that did not exist yet was at its default
     changed = [k for k, v in asked.items() if known[k] != v]
@@ -355,16 +397,23 @@ def _restore(path: Path, reader: Reader, average: Reader, optimiser: torch.optim
     reader.load_state_dict(checkpoint.part(tensors, "reader."))
     average.load_state_dict(checkpoint.part(tensors, "average."))
     checkpoint.restore_optimiser(optimiser, tensors)
-    return int(notes["step"])
+    return int(notes["step"]), list(notes.get("before", ()))
 
 
 def save(
-    path: Path, reader: Reader, average: Reader, optimiser: torch.optim.Optimizer, settings: Settings, step: int
+    path: Path,
+    reader: Reader,
+    average: Reader,
+    optimiser: torch.optim.Optimizer,
+    settings: Settings,
+    step: int,
+    before: Sequence[str] = (),
 ) -> None:
+    """`before`: the sources that the weights it started from have seen."""
     tensors = {f"reader.{k}": v for k, v in reader.state_dict().items()}
     tensors |= {f"average.{k}": v for k, v in average.state_dict().items()}
     tensors |= checkpoint.optimiser_tensors(optimiser)
-    checkpoint.write(path, tensors, {"step": step, "settings": describe(settings)})
+    checkpoint.write(path, tensors, {"step": step, "settings": describe(settings), "before": list(before)})
 
 
 def describe(settings: Settings) -> dict[str, Any]:
@@ -401,17 +450,3 @@ def judge(reader: Reader, images: data.Images, settings: Settings, device: torch
         found[f"{source} dice"] = float(overlap[drawn].mean()) if drawn.any() else math.nan
         found[f"{source} presence"] = figures.auc(present[mine], images.lesion[mine])
     return found
-
-
-@contextlib.contextmanager
-def _group() -> Iterator[tuple[int, int]]:
-    """This process's place among those that `torchrun` started; (0, 1) without it."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world == 1:
-        yield 0, 1
-        return
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    try:
-        yield dist.get_rank(), world
-    finally:
-        dist.destroy_process_group()
