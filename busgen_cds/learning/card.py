@@ -59,8 +59,8 @@ A frame farther than {domain:.2f} from the training data is declined.
 {figures}
 
 ## Limits
-- Two thousand public patients from two hospitals, most of them referred for a suspicious finding: benign lesions are
-  harder and cancers commoner than in screening.
+- {patients:,} public patients or groups trained it, most of them referred for a suspicious finding: benign lesions
+  are harder and cancers commoner than in screening.
 - Age, ethnicity and breast density are not recorded in the data: performance by group is **not measured**.
 - The retrospective data hold no follow-up and no prior studies; prospective performance is **not measured**.
 - BUSI's labels and duplicates are known to be imperfect; conflicting pairs were left out.
@@ -91,6 +91,7 @@ def write(
         size=pixels.SIZE,
         devices=_devices(train),
         val=len(val),
+        patients=len({(row.source, row.patient) for row in train.rows}),
         prevalence=calibration.prevalence,
         rule_out=thresholds.rule_out,
         domain=thresholds.domain,

@@ -45,6 +45,7 @@ def test_a_folder_of_images_becomes_a_bundle_that_opens(root: Path, trained: Pat
     assert opened.manifest.trained_on == ("toy",)
     card = opened.files[bundle.CARD].decode()
     assert "18 patients" not in card and "12 images of 12 patients" in card
+    assert "- 12 public patients or groups trained it" in card
     shift = opened.manifest.pooling.shift
     assert list(shift) == sorted(shift) and shift[0] == 0
     published = make_bundle.with_figures(root, opened, {"test": {"AUC of toys": 0.75}})
