@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check -q
 LOCKS  := deploy/locks
-# Files of tests that run at once; each needs about 1.5 GB of memory.
+# Files of tests that run at once; each needs about 1.5 GB of memory, and trains its small networks on one thread.
 AT_ONCE ?= 2
 
 .PHONY: demo test check lint lock bench screens pictures explore scan sbom release-notes clean
@@ -17,7 +17,7 @@ test: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n $(AT_ONCE) --dist loadfile --no-loadscope-reorder $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(AT_ONCE) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format . && $(BIN)/lint-imports && $(BIN)/mypy
