@@ -28,7 +28,6 @@ from tests.web.practice import PASSWORD, Practice, Says, served
 from tests.web.shelf import Room
 
 ROOT = Path(__file__).parents[1]
-GENERATOR = ROOT / "docs" / "results" / "weights" / "generator"
 Prepare = Callable[[Any], object]
 
 
@@ -131,7 +130,7 @@ def at_work(camera: Camera, folder: Path) -> None:
         ref = practice.receives(images.breast_study(1, seed=7100 + number, patient_id=f"PAT-31{number}"), 300)
         room.read_beside(digest, ref, Says(live), Says(said))
         practice.cases.say(Word(ref, 1, 1, "agree", "rita"), findings=1)
-    site = replace(room.site(), studio=lambda: Studio(GENERATOR)) if GENERATOR.exists() else room.site()
+    site = replace(room.site(), studio=Studio)
     with served(site) as camera.address:
         readers_room(camera, refs)
         the_others(camera, digest)
@@ -227,11 +226,10 @@ def verifies(page: Any) -> None:
 
 
 def makes_images(page: Any) -> None:
-    if GENERATOR.exists():
-        page.fill("[name=count]", "1")
-        page.click("#make")
-        page.wait_for_selector("#take:not([hidden])", timeout=900_000)
-        page.wait_for_function("() => [...document.images].every(image => image.complete)")
+    page.fill("[name=count]", "1")
+    page.click("#make")
+    page.wait_for_selector("#take:not([hidden])", timeout=900_000)
+    page.wait_for_function("() => [...document.images].every(image => image.complete)")
 
 
 def in_the_viewer(to: Path) -> None:

@@ -175,7 +175,7 @@ def picture(makes: Generator, out: Path, pairs: int = 4) -> Path:
         for i, one in enumerate(healthy):
             lesion = makes.sample(1, pathology=pathology, healthy=one.image, seed=11, first=i)[0]  # type: ignore[arg-type]
             cells += [_framed(one.image, one.mask, size), _framed(lesion.image, lesion.mask, size)]
-        rows.append((f"healthy → {pathology}, in pairs", cells))
+        rows.append((f"healthy to {pathology}, in pairs", cells))
     sheet = Image.new("RGB", (8 * size, len(rows) * (size + 14)), "black")
     draw = ImageDraw.Draw(sheet)
     for y, (title, row) in enumerate(rows):
