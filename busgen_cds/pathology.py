@@ -3,7 +3,8 @@
 Rules:
 - A report is used only with an accession number, a patient id and a code known here; nothing is read out of prose.
 - What cannot be used is `Unusable`, with its file and row (or message, or resource); the rest of the file is used.
-- Only final, corrected or amended reports count.
+- Only final, corrected or amended reports count, and of a report only results that are such.
+- A code belongs to the patient and the accession number that it stands under, never to those of a neighbour.
 - In situ carcinoma counts as malignant, as it does in the data that the reader learnt from.
 """
 
@@ -91,6 +92,8 @@ def meaning(code: str, system: str) -> Pathology | None:
 def _checked(
     where: str, accession: str, patient: str, found: Pathology | None, said: str, day: str
 ) -> Report | Unusable:
+    if "\ufffd" in accession + patient:
+        return Unusable(where, "its accession number or patient id is not written in UTF-8: save the file as UTF-8")
     if not accession.strip():
         return Unusable(where, "no accession number")
     if not patient.strip():
@@ -112,12 +115,19 @@ def _read_csv(name: str, text: str) -> Found:
     missing = [column for column in COLUMNS if column not in (table.fieldnames or ())]
     if missing:
         raise Misconfigured(f"{name}, row 1: no column {', '.join(missing)}; needed are {', '.join(COLUMNS)}.")
-    for row in table:
+    for row in _rows(name, table):
         cells = {column: row[column] or "" for column in COLUMNS}
         found = WORDS.get(cells["pathology"].strip().lower())
         said = f"the pathology is not one of {', '.join(WORDS)}"
         where = f"{name}, row {table.line_num}"
         yield _checked(where, cells["accession_number"], cells["patient_id"], found, said, cells["reported_on"])
+
+
+def _rows(name: str, table: csv.DictReader[str]) -> Iterator[dict[str, str]]:
+    try:
+        yield from table
+    except csv.Error as broken:
+        raise Misconfigured(f"{name}, row {table.line_num}: it is no table ({broken}).") from broken
 
 
 # FHIR R4
@@ -129,26 +139,28 @@ def _read_fhir(name: str, text: str) -> Found:
     except ValueError as broken:
         raise Misconfigured(f"{name} is no JSON: {broken}") from broken
     resources = _resources(document)
-    observations = {r.get("id"): r for r in resources if r.get("resourceType") == "Observation"}
+    observations = [r for r in resources if r.get("resourceType") == "Observation"]
     reports = [r for r in resources if r.get("resourceType") == "DiagnosticReport"]
-    used = {_last(each.get("reference")) for r in reports for each in _list(r.get("result"))}
-    alone = [o for o in observations.values() if o.get("id") not in used]
+    used = {_last(each.get("reference")) for r in reports for each in _list(r.get("result")) if isinstance(each, dict)}
+    alone = [o for o in observations if not o.get("id") or o.get("id") not in used]
     if not reports and not alone:
         yield Unusable(name, "no DiagnosticReport and no Observation in it")
     for resource in (*reports, *alone):
         where = f"{name}, {resource['resourceType']} {resource.get('id') or 'without id'}"
-        results = [observations.get(_last(each.get("reference"))) for each in _list(resource.get("result"))]
         try:
-            yield _of_fhir(where, resource, [each for each in results if each])
+            yield _of_fhir(where, resource, observations)
         except (AttributeError, TypeError, KeyError, IndexError):
             yield Unusable(where, "it is not shaped as FHIR R4 says")
 
 
-def _of_fhir(where: str, resource: Mapping[str, Any], results: list[Mapping[str, Any]]) -> Report | Unusable:
+def _of_fhir(where: str, resource: Mapping[str, Any], observations: list[dict[str, Any]]) -> Report | Unusable:
     if resource.get("status") not in FINAL:
         return Unusable(where, f"its status is {resource.get('status')!r}: only final ones count")
+    results = _results(resource, observations)
+    if results is None:
+        return Unusable(where, "it names a result that is in the file more than once")
     codings = [c for concept in _list(resource.get("conclusionCode")) for c in _list(concept.get("coding"))]
-    for each in (resource, *results):
+    for each in (resource, *(result for result in results if result.get("status") in FINAL)):
         codings += _list((each.get("valueCodeableConcept") or {}).get("coding"))
     found = {m for c in codings if (m := meaning(str(c.get("code", "")), str(c.get("system", ""))))}
     accession = next((_value(each) for each in _list(resource.get("identifier")) if _is_accession(each)), "")
@@ -159,13 +171,24 @@ def _of_fhir(where: str, resource: Mapping[str, Any], results: list[Mapping[str,
     return _checked(where, accession, patient, _only(found), _why(found), day)
 
 
+def _results(report: Mapping[str, Any], observations: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
+    """What a report names and the file holds: `#o1` is in the report itself, whatever else in the file is called o1."""
+    own = [each for each in _list(report.get("contained")) if isinstance(each, dict)]
+    found: list[dict[str, Any]] = []
+    for each in _list(report.get("result")):
+        reference = str(each.get("reference") or "")
+        among = own if reference.startswith("#") else observations
+        named = [one for one in among if one.get("id") == _last(reference)]
+        if len(named) > 1:
+            return None
+        found += named
+    return found
+
+
 def _resources(document: Any) -> list[dict[str, Any]]:
-    every = document if isinstance(document, list) else [document]
-    inside = [
-        e.get("resource") for r in every if isinstance(r, dict) for e in _list(r.get("entry")) if isinstance(e, dict)
-    ]
-    contained = [c for r in every if isinstance(r, dict) for c in _list(r.get("contained"))]
-    return [r for r in (*every, *inside, *contained) if isinstance(r, dict)]
+    every = [r for r in (document if isinstance(document, list) else [document]) if isinstance(r, dict)]
+    inside = [entry.get("resource") for r in every for entry in _list(r.get("entry")) if isinstance(entry, dict)]
+    return [r for r in (*every, *inside) if isinstance(r, dict)]
 
 
 def _is_accession(identifier: Mapping[str, Any]) -> bool:
@@ -197,32 +220,59 @@ def _read_hl7(name: str, text: str) -> Found:
         if messages:
             messages[-1].append(line)
     for number, message in enumerate(messages, start=1):
-        yield _of_hl7(f"{name}, message {number}", message)
+        yield from _of_hl7(f"{name}, message {number}", message)
 
 
-def _of_hl7(where: str, lines: list[str]) -> Report | Unusable:
+Segment = list[str]
+
+
+def _of_hl7(where: str, lines: list[str]) -> Found:
     """PID-3 patient id; OBR-18 accession number (IHE RAD TF-2), OBR-3 without it; OBX-5 codes, OBX-11 status."""
     separators = lines[0][3:8]
     if len(separators) < 5:
-        return Unusable(where, "its MSH segment names no separators")
-    field_, component = separators[0], separators[1]
-    segments = [line.split(field_) for line in lines]
-    kind = _field(segments[0], 8)  # MSH-1 is the separator itself
-    if not kind.startswith("ORU"):
-        return Unusable(where, "it is no ORU message")
-    pid, obr = (next((s for s in segments if s[0] == tag), [""]) for tag in ("PID", "OBR"))
-    patient = _field(pid, 3).split(separators[2])[0].split(component)[0]
-    accession = (_field(obr, 18) or _field(obr, 3)).split(component)[0]
-    final = [s for s in segments if s[0] == "OBX" and _field(s, 11) in FINAL_HL7]
-    if not final:
-        return Unusable(where, "no OBX in it is final (OBX-11 F or C)")
+        yield Unusable(where, "its MSH segment names no separators")
+        return
+    component, repeat = separators[1], separators[2]
+    segments = [line.split(separators[0]) for line in lines]
+    if not _field(segments[0], 8).startswith("ORU"):  # MSH-1 is the separator itself
+        yield Unusable(where, "it is no ORU message")
+        return
+    reports: dict[tuple[str, str], tuple[str, list[Segment]]] = {}
+    for pid, obr, results in _orders(segments):
+        patient = _field(pid, 3).split(repeat)[0].split(component)[0]
+        accession = (_field(obr, 18) or _field(obr, 3)).split(component)[0]
+        day = _field(obr, 22) or _field(obr, 7) or _field(segments[0], 6)
+        reports.setdefault((accession, patient), (day, []))[1].extend(results)
+    for number, ((accession, patient), (day, results)) in enumerate(reports.items(), start=1):
+        place = where if len(reports) == 1 else f"{where}, report {number}"
+        found, final = _coded(results, component, repeat)
+        said = _why(found) if final else "no OBX in it is final (OBX-11 F or C)"
+        yield _checked(place, accession, patient, _only(found), said, f"{day[:4]}-{day[4:6]}-{day[6:8]}")
+
+
+def _orders(segments: list[Segment]) -> Iterator[tuple[Segment, Segment, list[Segment]]]:
+    """Each OBR with the PID it stands under and the OBX that stand under it."""
+    pid, obr, results = [""], [""], list[Segment]()
+    for segment in segments:
+        if segment[0] in ("PID", "OBR"):
+            if obr != [""]:
+                yield pid, obr, results
+            pid, obr = (segment, [""]) if segment[0] == "PID" else (pid, segment)
+            results = []
+        elif segment[0] == "OBX":
+            results.append(segment)
+    yield pid, obr, results
+
+
+def _coded(results: list[Segment], component: str, repeat: str) -> tuple[set[Pathology], bool]:
+    """What the final ones say, and whether any is final."""
+    final = [segment for segment in results if _field(segment, 11) in FINAL_HL7]
     found: set[Pathology] = set()
     for segment in final:
-        for value in _field(segment, 5).split(separators[2]):
+        for value in _field(segment, 5).split(repeat):
             parts = [*value.split(component), "", "", "", "", "", ""]
             found |= {m for m in (meaning(parts[0], parts[2]), meaning(parts[3], parts[5])) if m}
-    day = _field(obr, 22) or _field(obr, 7) or _field(segments[0], 6)
-    return _checked(where, accession, patient, _only(found), _why(found), f"{day[:4]}-{day[4:6]}-{day[6:8]}")
+    return found, bool(final)
 
 
 def _field(segment: list[str], number: int) -> str:

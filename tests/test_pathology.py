@@ -65,6 +65,51 @@ def test_a_fhir_report_that_says_too_little_is_refused_with_its_resource(changed
     assert str(found[0]).startswith("r.json, DiagnosticReport r1")
 
 
+def told(number: str, snomed: str, status: str = "final") -> dict[str, object]:
+    """A report that carries its result within itself, as most laboratories send it: each calls it o1."""
+    code = {"coding": [{"system": "http://snomed.info/sct", "code": snomed}]}
+    inside = {"resourceType": "Observation", "id": "o1", "status": status, "valueCodeableConcept": code}
+    return {
+        "resourceType": "DiagnosticReport", "id": f"r{number}", "status": "final", "issued": "2026-03-04",
+        "identifier": [{"type": {"coding": [{"code": "ACSN"}]}, "value": f"A{number}"}], "contained": [inside],
+        "subject": {"identifier": {"value": f"P{number}"}}, "result": [{"reference": "#o1"}],
+    }  # fmt: skip
+
+
+def test_a_report_has_its_own_results_and_not_its_neighbours() -> None:
+    """Two patients' reports in one file, each with a result of the same name: each keeps its own."""
+    one, other = told("1", "3898006"), told("2", "363346000")
+    wrapped = {"resourceType": "Bundle", "entry": [{"resource": one}, {"resource": other}]}
+    for document in ([one, other], wrapped):
+        assert [(r.patient_id, r.pathology) for r in pathology.read("r.json", json.dumps(document))] == [  # type: ignore[union-attr]
+            ("P1", "benign"),
+            ("P2", "malignant"),
+        ]
+
+
+def test_a_result_that_was_entered_in_error_says_nothing() -> None:
+    """A final report may name a result that was taken back."""
+    (found,) = pathology.read("r.json", json.dumps(told("1", "363346000", "entered-in-error")))
+    assert isinstance(found, Unusable) and "no code" in found.reason
+
+
+def test_two_results_of_one_name_are_not_guessed() -> None:
+    """Where a file holds the result that a report names twice, nobody chooses one."""
+    document = json.loads(fhir())
+    document["entry"].append(document["entry"][1])
+    found = [each for each in pathology.read("r.json", json.dumps(document)) if "DiagnosticReport" in str(each)]
+    assert [each.reason for each in found] == ["it names a result that is in the file more than once"]  # type: ignore[union-attr]
+
+
+def test_what_is_not_written_in_utf_8_is_said() -> None:
+    """An id whose letters were lost would match nobody, without a word."""
+    text = "accession_number,patient_id,pathology,reported_on\nA1,M\u00dcLLER-1,benign,2026-01-01\n"
+    (found,) = pathology.read("lab.csv", text.encode("latin-1").decode("utf-8", "replace"))
+    assert isinstance(found, Unusable) and "UTF-8" in found.reason
+    with pytest.raises(Misconfigured, match="it is no table"):
+        pathology.read("lab.csv", text.replace("A1", "A" * 200_000))
+
+
 def oru(code: str = "8500/3^Infiltrating duct carcinoma^ICDO3", status: str = "F", accession: str = "A1") -> str:
     obr = ["OBR", "1", "", "", "88305", *[""] * 13, accession, "", "", "", "20260304"]
     obx = ["OBX", "1", "CE", "22637-3", "", code, *[""] * 5, status]
@@ -84,6 +129,22 @@ def test_an_oru_message_is_read() -> None:
         Report("A1", "P1", "benign", "2026-03-04"),
         REPORT,
     ]
+
+
+def test_a_message_of_several_orders_or_patients_is_not_mixed() -> None:
+    """A code belongs to the order and the patient it stands under; orders of one accession number are one report."""
+
+    def order(accession: str, code: str) -> list[str]:
+        return oru(code, accession=accession).strip("\x0b\x1c\r").split("\r")[2:]
+
+    cancer, remark = "8500/3^Infiltrating duct carcinoma^ICDO3", "see text^x^L"
+    head, first, second = oru().strip("\x0b\x1c\r").split("\r")[0], "PID|1||P1^^^H^MR", "PID|2||P2"
+    noted, proven = pathology.read("m.hl7", "\r".join([head, first, *order("A1", remark), *order("A2", cancer)]))
+    assert isinstance(noted, Unusable) and noted.where == "m.hl7, message 1, report 1"
+    assert proven == Report("A2", "P1", "malignant", "2026-03-04")
+    two = "\r".join([head, first, order("A1", "")[0], second, *order("A2", cancer)])
+    assert pathology.read("m.hl7", two)[1] == Report("A2", "P2", "malignant", "2026-03-04")
+    assert pathology.read("m.hl7", "\r".join([head, first, *order("A1", remark), *order("A1", cancer)])) == [REPORT]
 
 
 @pytest.mark.parametrize(
