@@ -130,7 +130,7 @@ def segmentation(
     images: Annotated[Path, typer.Option(help="Healthy → lesion images (`generate --in-healthy`).")],
     generator: Weights = None,
     data: Data = None,
-    steps: int = 800,
+    steps: int = 600,
     seeds: int = 3,
     results: Results = RESULTS,
     cache: Cache = CACHE,

@@ -36,8 +36,8 @@ NAME = "generator-segmentation"
 @dataclass(frozen=True)
 class Settings:
     source: str = "busi"
-    steps: int = 800
-    batch: int = 16
+    steps: int = 600
+    batch: int = 12
     size: int = 128
     rate: float = 1e-3
     share: float = 0.5  # of a batch that is generated, in the arm that has generated images
@@ -83,7 +83,8 @@ def _assert_unseen(rows: list[data.Row], card: Card, settings: Settings) -> None
 
 def train_one(real: data.Images, made: data.Images | None, s: Settings, seed: int) -> nn.Module:
     torch.manual_seed(seed)
-    network = BasicUNet(spatial_dims=2, in_channels=1, out_channels=1, features=s.features)
+    network = BasicUNet(spatial_dims=2, in_channels=1, out_channels=1, features=s.features, norm="batch")
+    network = network.to(memory_format=torch.channels_last)
     optimiser = torch.optim.AdamW(network.parameters(), s.rate, weight_decay=1e-4)
     from_made = round(s.share * s.batch) if made is not None else 0
     for step in range(s.steps):
@@ -95,7 +96,7 @@ def train_one(real: data.Images, made: data.Images | None, s: Settings, seed: in
             more, outline = _draw(made, from_made, rng)
             image, mask = torch.cat([image, more]), torch.cat([mask, outline])
         with torch.autocast("cpu", torch.bfloat16):
-            logits = network(image)
+            logits = network(image.to(memory_format=torch.channels_last))
         loss = _loss(logits.float(), mask)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
