@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,6 +22,9 @@ from busgen_cds.cli.laboratory import (
     data_root,
     open_generator,
 )
+
+if TYPE_CHECKING:
+    from busgen_cds.learning.generator import Generator
 
 app = typer.Typer()
 
@@ -93,12 +96,11 @@ def value(
 @app.command()
 def shots(
     task: Annotated[Path, typer.Option(help="Task file whose shots are of an unseen device or site.")],
+    start: Annotated[Path, typer.Option(help="The member of the reader that every arm begins from.")],
     out: Queue,
     generator: Weights = None,
     data: Data = None,
-    init: ImageNet = None,
     seeds: int = 3,
-    steps: Annotated[int, typer.Option(help="Steps of each reader.")] = 1200,
     most: Most = None,
     results: Results = RESULTS,
     cache: Cache = CACHE,
@@ -106,22 +108,16 @@ def shots(
     """What few shots are worth on an unseen device or site: AUC against 8, 16, 32 and 64 shots; a resumable queue."""
     from busgen_cds.learning.recipes import fewshot as fewshot_
     from busgen_cds.learning.recipes import shots as recipe
-    from busgen_cds.learning.recipes import value as value_
 
-    settings = recipe.Settings(seeds=seeds, reader=value_.Settings(steps=steps))
-    source = fewshot_.read_task(task)
-    left = recipe.work(
-        lambda adapter: open_generator(generator, adapter),
-        data_root(data),
-        source,
-        out,
-        settings,
-        init,
-        cache,
-        most,
-        console.print,
-    )
-    console.print(f"Written: {recipe.write(out, settings, left, results, source.task.name)}; {left} runs left")
+    root, source, settings = data_root(data), fewshot_.read_task(task), recipe.Settings(seeds=seeds)
+
+    def load(adapter: Path | None) -> Generator:
+        return open_generator(generator, adapter)
+
+    left = recipe.work(load, root, source, start, out, settings, cache, most, console.print)
+    found = recipe.compare(root, source, out, settings, cache)
+    page = recipe.write(found, recipe.tests(root, source, cache), out, left, results, source.task.name)
+    console.print(f"Written: {page}; {left} runs left", soft_wrap=True)
 
 
 @app.command()

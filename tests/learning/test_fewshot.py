@@ -13,7 +13,8 @@ import torch
 from busgen_cds.errors import Misconfigured
 from busgen_cds.learning import checkpoint, data
 from busgen_cds.learning.generator import Generator, Sampling
-from busgen_cds.learning.recipes import fewshot, shots, value
+from busgen_cds.learning.reader import Reader, Shape
+from busgen_cds.learning.recipes import adapt_reader, fewshot, shots, train_reader
 from busgen_cds.learning.recipes.fewshot import Settings
 from tests.learning.generators import data_folder, tiny
 
@@ -119,24 +120,49 @@ def test_the_shipped_tasks_are_read(name: str) -> None:
 
 
 def test_the_queue_of_shots_judges_other_patients(root: Path, tmp_path: Path) -> None:
-    """Each arm adds what it says, and is judged on patients of the unseen device that nothing was adapted to."""
+    """Every arm goes on from the same member, is judged on patients that gave no shot, and is not run twice."""
     folder = tmp_path / "data"
     shutil.copytree(root, folder)
     with (folder / "manifest.csv").open() as file:
         rows = list(csv.DictReader(file))
     for i, row in enumerate(rows):
-        row["split"] = ("train", "device-adapt", "device-adapt", "device-test")[i // 3 % 4]
+        row["split"] = ("val", "device-adapt", "device-adapt", "device-test")[i // 3 % 4]
     with (folder / "manifest.csv").open("w", newline="") as file:
         table = csv.DictWriter(file, rows[0])
         table.writeheader()
         table.writerows(rows)
     source = fewshot.Source(task(tmp_path).task, ("painted",), ("device-adapt",), ("cyst", "mucinous"), 12, "")
-    settings = shots.Settings(reader=value.Settings(sources=("painted",), steps=1, batch=4, size=64))
-    manifest = shots.assemble(folder, source, tmp_path / "arm", 8, 0, "shots", None, settings) / "manifest.csv"
-    with manifest.open() as file:
-        arm = list(csv.DictReader(file))
-    judged = {row["patient"] for row in rows if row["split"] == "device-test"}
-    assert {row["source"] for row in arm} == {"painted", "shots"}
-    assert judged and not judged & {row["patient"] for row in arm}
-    page = shots.write(tmp_path / "runs", settings, 5, tmp_path, "device")
-    assert "not run" in page.read_text()
+    quick = adapt_reader.Settings(steps=1, batch=4, size=64)
+    settings = shots.Settings((8,), 1, 4, QUICK, quick)
+    tiny().save(tmp_path / "base")
+    start, out = member(tmp_path), tmp_path / "runs"
+
+    def load(adapter: Path | None) -> Generator:
+        return Generator.load(tmp_path / "base", adapter=adapter, device="cpu")
+
+    assert shots.work(load, folder, source, start, out, settings, most=2) == 1
+    assert shots.work(load, folder, source, start, out, settings) == 0
+    told: list[str] = []
+    assert shots.work(load, folder, source, start, out, settings, tell=told.append) == 0 and not told
+    for arm, sources in {"shots": {"shots"}, "generated": {"synthetic"}, "shots+generated": {"shots"}}.items():
+        with (out / f"{arm}-8-0" / "data" / "manifest.csv").open() as file:
+            taught = list(csv.DictReader(file))
+        assert {row["source"] for row in taught} == sources
+        assert not {row["patient"] for row in taught} & {r["patient"] for r in rows if r["split"] == "device-test"}
+    found = shots.compare(folder, source, out, settings)
+    assert [each.arm for each in found] == list(shots.ARMS)
+    page = shots.write(found, shots.tests(folder, source, None), out, 0, tmp_path, "device")
+    assert "| shots+generated | 8 |" in page.read_text()
+
+
+def member(folder: Path) -> Path:
+    torch.manual_seed(0)
+    shape = Shape(width=16)
+    notes = {"settings": train_reader.describe(train_reader.Settings(shape=shape)), "step": 0}
+    return adapt_reader.write_member(folder / "start.safetensors", Reader(shape).state_dict(), notes)
+
+
+def test_shots_of_no_unseen_place_are_refused(root: Path, tmp_path: Path) -> None:
+    """A task whose shots come from the training split has nobody to judge it on."""
+    with pytest.raises(Misconfigured, match="no unseen device or site"):
+        shots.tests(root, task(tmp_path), None)

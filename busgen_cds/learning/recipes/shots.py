@@ -2,8 +2,9 @@
 
 Rules:
 - Shots come from the adaptation split, judgement from the test split of the same device or site; no patient is in both.
-- Four arms at each number of shots: nothing adapted; the shots themselves added; images of the adapted generator added;
-  both. The same steps for each.
+- Every reader goes on from the same member of a trained one, by the night's own recipe. Four arms at each number of
+  shots: as it was; the shots alone; images of the generator adapted to the shots alone; half a batch of each.
+- The gain is that of the scores' mean over seeds, its interval over resampled patients and seeds.
 - A run is a folder with its result, or it is to be done.
 """
 
@@ -18,14 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from busgen_cds.errors import Misconfigured
 from busgen_cds.learning import data, figures
+from busgen_cds.learning.figures import Interval
 from busgen_cds.learning.generator import Generator
-from busgen_cds.learning.recipes import fewshot, synthesise, train_reader, value
+from busgen_cds.learning.recipes import adapt_reader, fewshot, site_adaptation, synthesise, value
 from busgen_cds.learning.recipes.fewshot import Source
 
 NAME = "generator-shots"
-ARMS = ("nothing", "shots", "generated", "shots+generated")
+ARMS = ("shots", "generated", "shots+generated")
 JUDGED = {"device-adapt": "device-test", "site-adapt": "site-test"}
 
 
@@ -33,46 +37,69 @@ JUDGED = {"device-adapt": "device-test", "site-adapt": "site-test"}
 class Settings:
     shots: tuple[int, ...] = (8, 16, 32, 64)
     seeds: int = 3
-    generated: int = 500  # images of each adapter
+    generated: int = 200  # images of each adapter
     adapter: fewshot.Settings = dataclasses.field(default_factory=fewshot.Settings)
-    reader: value.Settings = dataclasses.field(default_factory=value.Settings)
+    reader: adapt_reader.Settings = dataclasses.field(default_factory=adapt_reader.Settings)
+
+
+@dataclass(frozen=True)
+class Run:
+    arm: str
+    shots: int
+    seed: int
+
+    def file(self, out: Path) -> Path:
+        return out / f"{self.arm}-{self.shots}-{self.seed}" / "shots.json"
+
+
+def queue(settings: Settings) -> list[Run]:
+    """Seed by seed, so that a queue that is stopped has compared all arms at least once."""
+    return [Run(arm, k, seed) for seed in range(settings.seeds) for k in settings.shots for arm in ARMS]
 
 
 def work(
     load: Callable[[Path | None], Generator],
     root: Path,
     source: Source,
+    start: Path,
     out: Path,
     settings: Settings,
-    init: Path | None = None,
     cache: Path | None = None,
     most: int | None = None,
     tell: Callable[[str], None] = lambda line: None,
 ) -> int:
     """Do what is not done yet; returns how many runs are left. `load` opens the generator, with an adapter or not."""
-    runs = [(k, seed, arm) for seed in range(settings.seeds) for k in settings.shots for arm in ARMS]
-    waiting = [run for run in runs if not _result(out, *run).exists()]
-    for k, seed, arm in waiting[:most]:
-        tell(f"{arm}, {k} shots, seed {seed}: {len(waiting)} runs to do")
-        images = _adapted_images(load, root, source, out, k, seed, settings, cache) if "generated" in arm else None
-        folder = _result(out, k, seed, arm).parent
-        assemble(root, source, folder / "data", k, seed, arm, images, settings)
-        sources = (
-            *settings.reader.sources,
-            *(["shots"] if "shots" in arm else []),
-            *([synthesise.SOURCE] if images else []),
-        )
-        base = value.reader_settings(value.Run(value.Arm(arm), seed), settings.reader)
-        reader = dataclasses.replace(base, sources=sources)
-        trained = train_reader.train(folder / "data", folder, reader, init, None, cache)
-        _result(out, k, seed, arm).write_text(
-            json.dumps(judge(trained, root, source, settings, cache)), encoding="utf-8"
-        )
+    judged = tests(root, source, cache)
+    if not (before := out / "before.json").exists():
+        site_adaptation.keep(before, {"scores": _scores(start, judged)})
+    waiting = [run for run in queue(settings) if not run.file(out).exists()]
+    for run in waiting[:most]:
+        tell(f"{run.arm}, {run.shots} shots, seed {run.seed}: {len(waiting)} runs to do")
+        folder = run.file(out).parent
+        made = _adapted_images(load, root, source, out, run, settings, cache) if "generated" in run.arm else None
+        assemble(root, source, folder / "data", run, made)
+        how = dataclasses.replace(settings.reader, seed=run.seed)
+        both = made if run.arm == "shots+generated" else None
+        sources = (synthesise.SOURCE,) if run.arm == "generated" else ("shots",)
+        member = adapt_reader.adapt(start, folder / "data", sources, folder, how, both, cache)
+        site_adaptation.keep(run.file(out), {"scores": _scores(member, judged)})
+        for done in (member, folder / "reader.safetensors"):
+            done.unlink(missing_ok=True)
     return max(0, len(waiting) - len(waiting[:most]))
 
 
-def _result(out: Path, shots: int, seed: int, arm: str) -> Path:
-    return out / f"{arm}-{shots}-{seed}" / "shots.json"
+def tests(root: Path, source: Source, cache: Path | None) -> data.Images:
+    """The images that judge; Doppler frames are none."""
+    splits = [JUDGED[split] for split in source.splits if split in JUDGED]
+    if not splits:
+        raise Misconfigured(f"The task {source.task.name} has shots of no unseen device or site: {', '.join(JUDGED)}.")
+    rows = [r for r in data.read_manifest(root) if r.split in splits and r.labels.get("doppler") != "1"]
+    return data.load(root, rows, cache)
+
+
+def _scores(member: Path, judged: data.Images) -> list[float]:
+    reader = adapt_reader.reader_of(adapt_reader.open_member(member))
+    return [float(x) for x in adapt_reader.scores(reader, judged.image).round(4)]
 
 
 def _adapted_images(
@@ -80,74 +107,95 @@ def _adapted_images(
     root: Path,
     source: Source,
     out: Path,
-    shots: int,
-    seed: int,
+    run: Run,
     settings: Settings,
     cache: Path | None,
 ) -> Path:
-    folder = out / f"adapter-{shots}-{seed}"
+    folder = out / f"adapter-{run.shots}-{run.seed}"
     adapter = folder / "adapter.safetensors"
     if not adapter.exists():
-        how = dataclasses.replace(settings.adapter, shots=shots, seed=seed)
+        how = dataclasses.replace(settings.adapter, shots=run.shots, seed=run.seed)
         fewshot.adapt(load(None), root, source, folder, how, cache)
-    makes = load(adapter)
-    chosen = fewshot.choose(data.read_manifest(root), source, shots, seed)
+    chosen = fewshot.choose(data.read_manifest(root), source, run.shots, run.seed)
     devices = tuple(sorted({row.labels.get("device", "") for row in chosen} - {""}))
     mix = {
         name: float(np.mean([row.pathology == name for row in chosen])) for name in {row.pathology for row in chosen}
     }
-    how_many = synthesise.Settings(count=settings.generated, seed=seed, mix=mix, devices=devices, filtered=False)
-    synthesise.generate(makes, folder / "images", how_many, None)
+    how_many = synthesise.Settings(count=settings.generated, seed=run.seed, mix=mix, devices=devices, filtered=False)
+    synthesise.generate(load(adapter), folder / "images", how_many, None)
     return folder / "images"
 
 
-def assemble(
-    root: Path, source: Source, out: Path, shots: int, seed: int, arm: str, images: Path | None, settings: Settings
-) -> Path:
-    """Real training images, with what the arm adds."""
-    out.mkdir(parents=True, exist_ok=True)
+def assemble(root: Path, source: Source, out: Path, run: Run, made: Path | None) -> Path:
+    """What the arm learns from; a few home images stand where training wants a `val`."""
     rows = data.read_manifest(root)
-    chosen = [value.moved(r, root) for r in rows if r.source in settings.reader.sources and r.split in ("train", "val")]
-    if "shots" in arm:
-        few = fewshot.choose(rows, source, shots, seed)
-        chosen += [value.moved(r, root) | {"source": "shots", "split": "train"} for r in few]
-    if images is not None:
-        chosen += [value.moved(r, images) for r in data.read_manifest(images)]
-    columns = list(dict.fromkeys(name for row in chosen for name in row))
+    home = [r for r in rows if r.split == "val"][:8]
+    if run.arm == "generated" and made is not None:
+        chosen = [value.moved(r, made) | {"split": "train"} for r in data.read_manifest(made)]
+    else:
+        few = fewshot.choose(rows, source, run.shots, run.seed)
+        chosen = [value.moved(r, root) | {"source": "shots", "split": "train"} for r in few]
+    name = chosen[0]["source"]
+    chosen += [value.moved(r, root) | {"source": name} for r in home]
+    out.mkdir(parents=True, exist_ok=True)
     with (out / "manifest.csv").open("w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, columns, restval="")
+        table = csv.DictWriter(file, list(dict.fromkeys(name for row in chosen for name in row)), restval="")
         table.writeheader()
         table.writerows(chosen)
     return out
 
 
-def judge(trained: Path, root: Path, source: Source, settings: Settings, cache: Path | None) -> dict[str, Any]:
-    splits = [JUDGED[split] for split in source.splits if split in JUDGED]
-    rows = [row for row in data.read_manifest(root) if row.split in splits]
-    images = data.load(root, rows, cache, settings.reader.size)
-    score = value.read(trained, images.image)
-    return {"scores": score.round(4).tolist(), "auc": figures.auc(score, images.malignant)}
+# What was found
 
 
-def write(out: Path, settings: Settings, left: int, results: Path, title: str) -> Path:
-    """AUC of every seed, by arm and number of shots."""
-    results.mkdir(parents=True, exist_ok=True)
-    table: dict[str, dict[str, Sequence[float]]] = {}
+@dataclass(frozen=True)
+class Compared:
+    arm: str
+    shots: int
+    seeds: tuple[float, ...]  # AUC of each
+    gain: Interval
+
+
+def compare(root: Path, source: Source, out: Path, settings: Settings, cache: Path | None = None) -> list[Compared]:
+    judged = tests(root, source, cache)
+    before, found = _read(out / "before.json"), []
     for arm in ARMS:
         for k in settings.shots:
-            done = [_result(out, k, seed, arm) for seed in range(settings.seeds)]
-            found = [float(json.loads(path.read_text(encoding="utf-8"))["auc"]) for path in done if path.exists()]
-            table.setdefault(arm, {})[str(k)] = found
-    (results / f"{NAME}-{title}.json").write_text(
-        json.dumps({"left": left, "auc": table}, indent=1) + "\n", encoding="utf-8"
-    )
-    lines = [f"# What few shots are worth: {title}", "", f"Runs still to do: {left}.", ""]
-    lines += [
-        "| arm | " + " | ".join(f"{k} shots" for k in settings.shots) + " |",
-        "|---" * (1 + len(settings.shots)) + "|",
+            files = [Run(arm, k, seed).file(out) for seed in range(settings.seeds)]
+            if done := [_read(path) for path in files if path.exists()]:
+                aucs = tuple(figures.auc(each, judged.malignant) for each in done)
+                change = site_adaptation.gain(before, np.stack(done), judged.malignant, judged.patients)
+                found.append(Compared(arm, k, aucs, change))
+    return found
+
+
+def _read(path: Path) -> NDArray[np.float64]:
+    return np.array(json.loads(path.read_text(encoding="utf-8"))["scores"])
+
+
+def write(found: Sequence[Compared], judged: data.Images, out: Path, left: int, results: Path, title: str) -> Path:
+    """AUC of every seed and the gain, by arm and number of shots."""
+    results.mkdir(parents=True, exist_ok=True)
+    before = figures.auc_interval(_read(out / "before.json"), judged.malignant, judged.patients)
+    numbers: dict[str, Any] = {"left": left, "before": before, "found": [dataclasses.asdict(f) for f in found]}
+    page = results / f"{NAME}-{title}.md"
+    page.with_suffix(".json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+    patients = len(set(judged.patients.tolist()))
+    lines = [
+        f"# What few shots are worth: {title}",
+        "",
+        f"Runs still to do: {left}. Judged on {len(judged)} images of {patients} patients, none of whom gave a shot.",
+        "",
+        f"The reader before: AUC {before}.",
+        "",
+        "| arm | shots | AUC of each seed | gain (95 % interval over patients and seeds) |",
+        "|---|---|---|---|",
+        *(
+            f"| {f.arm} | {f.shots} | {', '.join(f'{x:.3f}' for x in f.seeds)} | {f.gain.value:+.3f}"
+            f" ({f.gain.low:+.3f} to {f.gain.high:+.3f}) |"
+            for f in found
+        ),
+        "",
     ]
-    for arm, by_shots in table.items():
-        cells = [", ".join(f"{x:.3f}" for x in found) or "not run" for found in by_shots.values()]
-        lines.append(f"| {arm} | {' | '.join(cells)} |")
-    (results / f"{NAME}-{title}.md").write_text("\n".join([*lines, ""]), encoding="utf-8")
-    return results / f"{NAME}-{title}.md"
+    page.write_text("\n".join(lines), encoding="utf-8")
+    return page

@@ -149,7 +149,7 @@ def reader_settings(run: Run, s: Settings) -> train_reader.Settings:
         batch=s.batch,
         size=s.size,
         warm_size=s.size,
-        report_every=max(1, s.steps // 4),
+        report_every=max(1, s.steps // 2),
         save_every=max(1, s.steps // 4),
         strength=augment.Strength() if run.arm.augmented else STILL,
     )
@@ -194,16 +194,15 @@ def _generated(folder: Path | None, run: Run) -> list[dict[str, str]]:
 @torch.inference_mode()
 def judge(trained: Path, root: Path, settings: Settings, cache: Path | None) -> dict[str, Any]:
     """Scores of every test, kept for paired comparisons, and their AUC."""
-    rows = data.read_manifest(root)
-    images = data.load(root, rows, cache, settings.size)
-    score = read(trained, images.image)
-    found: dict[str, Any] = {"auc": {}, "scores": {}}
-    for test in evaluate.tests(images, settings.sources):
-        if test.name in SETS:
-            keep = np.flatnonzero(test.keep)
-            found["auc"][test.name] = figures.auc(score[keep], images.malignant[keep])
-            found["scores"][test.name] = [round(float(x), 4) for x in score[keep]]
-    return found
+    images = data.load(root, data.read_manifest(root), cache, settings.size)
+    kept = {t.name: np.flatnonzero(t.keep) for t in evaluate.tests(images, settings.sources) if t.name in SETS}
+    judged = np.unique(np.concatenate(list(kept.values())))
+    score = np.full(len(images), np.nan)
+    score[judged] = read(trained, images.image[judged])
+    return {
+        "auc": {name: figures.auc(score[keep], images.malignant[keep]) for name, keep in kept.items()},
+        "scores": {name: score[keep].round(4).tolist() for name, keep in kept.items()},
+    }
 
 
 @torch.inference_mode()
