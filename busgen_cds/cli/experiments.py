@@ -50,8 +50,7 @@ def fidelity(
     from busgen_cds.learning.recipes import fidelity_report as recipe
 
     makes = open_generator(generator)
-    known = embed.at_hand(makes.coder, init, reader, inception)
-    embeddings = {name: known[name] for name in known if name not in ("latent", "pixels")}
+    embeddings = embed.for_fidelity(init, reader, inception)
     settings = recipe.Settings(images=most, judging=fidelity_.Judging(steps=judge_steps, size=makes.card.size))
     segment = recipe.segmenter(reader) if reader else None
     found = recipe.measure(makes, data_root(data), images, embeddings, settings, init, segment, cache, console.print)

@@ -208,14 +208,15 @@ def privacy(
     images: Annotated[Path | None, typer.Option(help="Generated images to audit.")] = None,
     generator: Weights = None,
     adapter: Adapter = None,
-    task: Annotated[Path | None, typer.Option(help="The adapter's task file: its shots are the members.")] = None,
-    shots: int = 32,
+    task: Annotated[
+        Path | None, typer.Option(help="The adapter's task file: the shots that taught it are the members.")
+    ] = None,
     data: Data = None,
     init: ImageNet = None,
     reader: ReaderRun = None,
     out: Annotated[Path, typer.Option(help="Where privacy.json and privacy.md go.")] = Path("docs/results"),
     filter_only: Annotated[bool, typer.Option(help="Build the release filter beside the generator, and stop.")] = False,
-    members: Annotated[int, typer.Option(help="Most training images, and held-out ones, that are looked at.")] = 600,
+    members: Annotated[int, typer.Option(help="Most training images, and held-out ones, that are looked at.")] = 10_000,
     control_steps: Annotated[int, typer.Option(help="Steps of the over-trained control; 0: none is made.")] = 400,
     control_members: Annotated[int, typer.Option(help="Images that the control learns by heart.")] = 48,
     seed: int = 0,
@@ -236,10 +237,12 @@ def privacy(
         return
     if images is None or (adapter is None) != (task is None):
         raise typer.BadParameter("name --images to audit; an --adapter is audited with its --task, and a task with it")
-    learnt = None if task is None else fewshot_.choose(data_.read_manifest(root), fewshot_.read_task(task), shots, seed)
+    learnt = None
+    if adapter is not None and task is not None:
+        learnt = fewshot_.learnt_from(adapter, data_.read_manifest(root), fewshot_.read_task(task))
     settings = audit.Settings(members, control_members=control_members, control_steps=control_steps, seed=seed)
     name = "the backbone" if task is None else f"the adapter {task.stem}"
-    embeddings = embed.at_hand(makes.coder, init, reader)
+    embeddings = embed.for_copies(makes.coder, init, reader)
     report = audit.audit(makes, name, root, images, embeddings, settings, cache, learnt, console.print)
     out.mkdir(parents=True, exist_ok=True)
     stem = "privacy" if task is None else f"privacy-{task.stem}"

@@ -57,16 +57,35 @@ def latent(coder: Autoencoder, side: int = 8) -> Embedding:
 
 
 def imagenet(weights: Path) -> Embedding:
-    """MobileNetV2 of ImageNet: mean features of its last layers."""
-    if not weights.is_file():
-        raise Misconfigured(f"The ImageNet weights {weights} are missing.")
-    encoder = Encoder()
-    encoder.start_from(weights)
-    encoder.eval()
+    """MobileNetV2 of ImageNet: mean features of its last layers; for distances between distributions."""
+    encoder = _encoder(weights)
 
     def embed(images: Tensor) -> Tensor:
         features = encoder(F.interpolate(images, size=(224, 224), mode="bilinear", align_corners=False))
         return torch.cat([f.float().mean((2, 3)) for f in features[-2:]], 1)
+
+    return _batched(embed, encoder)
+
+
+def _encoder(weights: Path) -> Encoder:
+    if not weights.is_file():
+        raise Misconfigured(f"The ImageNet weights {weights} are missing.")
+    encoder = Encoder()
+    encoder.start_from(weights)
+    return encoder.eval()
+
+
+def imagenet_layout(weights: Path, cells: int = 4) -> Embedding:
+    """MobileNetV2 of ImageNet: what lies where, at stride 16; for copies.
+
+    Mean features tell a texture, and breasts share textures: noise of three grey levels moves them further than another
+    patient's image lies. The directions of features on a grid of places stay.
+    """
+    encoder = _encoder(weights)
+
+    def embed(images: Tensor) -> Tensor:
+        *_, middle, _ = encoder(F.interpolate(images, size=(224, 224), mode="bilinear", align_corners=False))
+        return F.normalize(F.adaptive_avg_pool2d(middle.float(), cells), dim=1).flatten(1)
 
     return _batched(embed, encoder)
 
@@ -132,11 +151,19 @@ def _batched(embed: Callable[[Tensor], Tensor], network: nn.Module) -> Embedding
     return whole
 
 
-def at_hand(
-    coder: Autoencoder, init: Path | None, reader_run: Path | None, inception_file: Path | None = None
-) -> dict[str, Embedding]:
-    """Every embedding whose weights were named."""
+def for_copies(coder: Autoencoder, init: Path | None, reader_run: Path | None) -> dict[str, Embedding]:
+    """In which a copy lies near its original; of networks, those whose weights were named."""
     found: dict[str, Embedding] = {"latent": latent(coder), "pixels": raw}
+    if init is not None:
+        found["imagenet"] = imagenet_layout(init)
+    if reader_run is not None:
+        found["reader"] = reader(reader_run)
+    return found
+
+
+def for_fidelity(init: Path | None, reader_run: Path | None, inception_file: Path | None) -> dict[str, Embedding]:
+    """In which distributions are compared: the networks whose weights were named."""
+    found: dict[str, Embedding] = {}
     if init is not None:
         found["imagenet"] = imagenet(init)
     if reader_run is not None:

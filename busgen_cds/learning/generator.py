@@ -261,6 +261,17 @@ class Generator:
         grey = ((image[:, 0] + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
         return grey, conditions.outline_mask(x[:, latent:]).cpu().numpy()
 
+    @torch.inference_mode()
+    def redrawn(self, images: Grey) -> Grey:
+        """Squares (N, S, S) as the decoder draws them from their own latents; the letter-box is none of its work."""
+        drawn = [torch.zeros(0, *images.shape[1:], dtype=torch.uint8)]
+        for i in range(0, len(images), 32):
+            batch = torch.from_numpy(images[i : i + 32])[:, None].to(self.device).float() / 127.5 - 1
+            grain = torch.randn(batch.shape, generator=torch.Generator().manual_seed(i)).to(self.device)
+            back = autoencoder.within(batch, self.coder.decode(self.coder.encode(batch), grain))
+            drawn.append(((back[:, 0] + 1) * 127.5).round().to(torch.uint8).cpu())
+        return torch.cat(drawn).numpy()
+
     # The questions
 
     def _from_nothing(

@@ -6,6 +6,8 @@ Rules:
 - An attack that does not catch its control concludes nothing: "not measured" is not "safe".
 - Distances are judged against those of held-out patients' images to the training images, never against zero.
 - Too few images conclude nothing either.
+- Everything that is compared has the decoder's trace: a generator can only draw what its decoder draws, so copies are
+  looked for among training images as it would draw them. Against the images themselves a perfect memory looks far off.
 - A copy may be mirrored or cropped; two embeddings at least are looked at, one of which the release filter never used.
 """
 
@@ -44,12 +46,12 @@ Verdict = Literal["passes", "fails", "concludes nothing"]
 class Seen:
     """Images that a generator did or did not learn from."""
 
-    images: Squares = field(repr=False)
+    drawn: Squares = field(repr=False)  # as the generator's decoder draws them
     patients: NDArray[np.str_] = field(repr=False)
     examples: Sequence[questions.Example] = field(repr=False, default=())  # the same, encoded; for attacks on the loss
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.drawn)
 
 
 @dataclass(frozen=True)
@@ -99,32 +101,33 @@ def copies(suspect: Suspect, control: Suspect | None, embeddings: Mapping[str, E
         back = copied_rate(suspect, embedding)
         leaky = copied_rate(control, embedding) if control is not None else _nothing()
         caught = planted.value >= FOUND and len(suspect.generated) >= FEWEST
+        remembers = caught and leaky.low > MOST_COPIES
         found += [
             _finding(f"copies ({name})", "share of generated images", rate, planted, MOST_COPIES, caught, PLANTED),
-            _finding(f"copied ({name})", "share of training images", back, leaky, MOST_COPIES, caught, OVERTRAINED),
+            _finding(f"copied ({name})", "share of training images", back, leaky, MOST_COPIES, remembers, OVERTRAINED),
         ]
     return found
 
 
 def copy_threshold(suspect: Suspect, embedding: Embedding) -> float:
-    return float(np.percentile(distances(suspect.strangers.images, suspect.members.images, embedding), COPY_PERCENTILE))
+    return float(np.percentile(distances(suspect.strangers.drawn, suspect.members.drawn, embedding), COPY_PERCENTILE))
 
 
 def copy_rate(suspect: Suspect, embedding: Embedding) -> Interval:
-    near = distances(suspect.generated, suspect.members.images, embedding) < copy_threshold(suspect, embedding)
+    near = distances(suspect.generated, suspect.members.drawn, embedding) < copy_threshold(suspect, embedding)
     return figures.wilson(int(near.sum()), len(near))
 
 
 def copied_rate(suspect: Suspect, embedding: Embedding) -> Interval:
     """The share of training images of which a generated image is a copy."""
-    near = distances(suspect.members.images, suspect.generated, embedding) < copy_threshold(suspect, embedding)
+    near = distances(suspect.members.drawn, suspect.generated, embedding) < copy_threshold(suspect, embedding)
     return figures.wilson(int(near.sum()), len(near))
 
 
 def planted_rate(suspect: Suspect, embedding: Embedding, count: int = 50) -> Interval:
     """The share of planted copies that is found: training images, mirrored, brightened and with fresh noise."""
     rng = np.random.default_rng(0)
-    chosen = suspect.members.images[rng.choice(len(suspect.members), min(count, len(suspect.members)), replace=False)]
+    chosen = suspect.members.drawn[rng.choice(len(suspect.members), min(count, len(suspect.members)), replace=False)]
     leak = embed.mirrored(chosen).astype(np.float32) * 1.05 + rng.normal(0, 3, chosen.shape)
     planted = dataclasses.replace(suspect, generated=leak.clip(0, 255).astype(np.uint8))
     return copy_rate(planted, embedding)

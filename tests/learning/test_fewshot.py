@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -59,6 +60,15 @@ def test_an_adapter_is_trained_kept_and_used(root: Path, tmp_path: Path) -> None
     assert one[0].image.any()
     words = (tmp_path / "out" / fewshot.CARD).read_text()
     assert "surrogate: painted discs" in words and "audit this adapter apart" in words
+
+
+def test_an_adapter_says_who_taught_it(root: Path, tmp_path: Path) -> None:
+    """An audit's members are the shots that taught, as the adapter itself remembers them; those that judged are not."""
+    rows, few = data.read_manifest(root), task(tmp_path)
+    path = fewshot.adapt(tiny(), root, few, tmp_path / "out", dataclasses.replace(QUICK, seed=3))
+    chosen = fewshot.choose(rows, few, 8, 3)
+    taught = fewshot.learnt_from(path, rows, few)
+    assert len(taught) == 6 and {r.image for r in taught} < {r.image for r in chosen}
 
 
 def test_an_adapter_that_gained_nothing_changes_nothing(root: Path, tmp_path: Path) -> None:

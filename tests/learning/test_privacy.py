@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from busgen_cds.learning import data, embed, privacy
 from busgen_cds.learning.privacy import Seen, Suspect
 from busgen_cds.learning.recipes import audit, synthesise
 from tests.learning.generators import SIZE, data_folder, tiny
+
+TWO = synthesise.Sampling(steps=2)
 
 
 def noise(count: int, seed: int) -> embed.Squares:
@@ -67,6 +71,27 @@ def test_a_cropped_copy_is_a_copy() -> None:
     assert privacy.copy_rate(suspect(embed.closer(noise(60, 0))), embed.raw).value > 0.9
 
 
+def test_an_attack_that_misses_an_over_trained_generator_concludes_nothing() -> None:
+    """Only an attack that finds what the control has learnt by heart says how many training images were copied."""
+    verdict = lambda control: privacy.copies(leaking(0.0), control, {"pixels": embed.raw})[1].verdict  # noqa: E731
+    assert verdict(leaking(0.5)) == "passes"
+    assert verdict(leaking(0.0)) == verdict(None) == "concludes nothing"
+
+
+REAL = Path(os.environ.get("BUSGEN_DATA", "nowhere"))
+WEIGHTS = REAL / "weights/derived_mobilenet_v2_1.0_224_dequant_fp32.npz"
+
+
+@pytest.mark.skipif(not WEIGHTS.is_file(), reason="BUSGEN_DATA with ImageNet weights is not set: no breast to copy")
+def test_the_imagenet_attack_finds_planted_copies() -> None:
+    """Mirrored, brightened and noisy copies of breast images are found; mean features lost half."""
+    rows = data.read_manifest(REAL)
+    sides = (data.load(REAL, [r for r in rows if r.split == split][:24], None, 128) for split in ("train", "val"))
+    known, unknown = (Seen(side.image, side.patients) for side in sides)
+    few = Suspect("copies", tiny(), known, unknown, known.drawn[:0])
+    assert privacy.planted_rate(few, embed.remembered(embed.imagenet_layout(WEIGHTS)), 20).value >= privacy.FOUND
+
+
 def test_a_blind_attack_concludes_nothing() -> None:
     """An embedding that sees nothing does not find planted copies, and its verdict says so."""
     blind = lambda images: np.random.default_rng(0).normal(size=(len(images), 8)).astype(np.float32)  # noqa: E731
@@ -93,7 +118,20 @@ def membership(folder: Path) -> Suspect:
     known, unknown = (
         audit.seen(makes, root, [r for r in rows if r.split == split], None) for split in ("train", "val")
     )
-    return Suspect("tiny", makes, known, unknown, known.images)
+    return Suspect("tiny", makes, known, unknown, known.drawn)
+
+
+def test_what_a_poor_decoder_draws_of_a_training_image_is_its_copy(tmp_path: Path) -> None:
+    """A perfect memory is found though the decoder's trace moves its images further than strangers lie apart."""
+    root, makes = data_folder(tmp_path / "data", patients=24), tiny()
+    makes.card = dataclasses.replace(makes.card, trained_on=("painted",))
+    synthesise.generate(makes, tmp_path / "made", synthesise.Settings(count=16, filtered=False, sampling=TWO), None)
+    train = data.load(root, [row for row in data.read_manifest(root) if row.split == "train"], None, SIZE)
+    for path, image in zip(sorted(tmp_path.glob("made/*/images/*.png")), makes.redrawn(train.image), strict=True):
+        Image.fromarray(image).save(path)
+    how = audit.Settings(control_steps=0)
+    copies, *_ = audit.audit(makes, "tiny", root, tmp_path / "made", {"pixels": embed.raw}, how).findings
+    assert copies.attack == "copies (pixels)" and copies.value.value == 1
 
 
 @pytest.mark.slow
@@ -128,7 +166,7 @@ def test_an_audit_reads_what_was_generated(tmp_path: Path) -> None:
     card = dataclasses.replace(tiny().card, trained_on=("painted",))
     makes = tiny()
     makes.card = card
-    how = synthesise.Settings(count=4, filtered=False, sampling=synthesise.Sampling(steps=2))
+    how = synthesise.Settings(count=4, filtered=False, sampling=TWO)
     synthesise.generate(makes, tmp_path / "made", how, None)
     settings = audit.Settings(control_steps=0)
     report = audit.audit(makes, "tiny", root, tmp_path / "made", {"pixels": embed.raw}, settings)

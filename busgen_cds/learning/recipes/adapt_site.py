@@ -133,11 +133,10 @@ def audit_privacy(run: Path, settings: Settings) -> str:
     if not (run / PRIVACY).exists():
         torch.set_num_threads(settings.threads)
         makes = Generator.load(settings.generator, adapter=run / ADAPTER / ADAPTER_FILE)
-        rows = data.read_manifest(run / SHOTS)
-        shots = fewshot.choose(rows, _task(), min(fewshot.MOST, len(rows)), settings.adapter.seed)
+        shots = fewshot.learnt_from(run / ADAPTER / ADAPTER_FILE, data.read_manifest(run / SHOTS), _task())
         found = audit.audit(
             makes, "the site's adapter", run / SHOTS / "and strangers", run / IMAGES,
-            embed.at_hand(makes.coder, settings.init, None), settings.audit, None, shots,
+            embed.for_copies(makes.coder, settings.init, None), settings.audit, None, shots,
         )  # fmt: skip
         _write(run / PRIVACY, found.to_json())
     if why := _unclean(run):

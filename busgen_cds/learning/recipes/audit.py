@@ -29,7 +29,7 @@ from busgen_cds.pixels import Placement
 
 @dataclass(frozen=True)
 class Settings:
-    members: int = 600  # most of each side that the attacks look at
+    members: int = 10_000  # most of each side that the attacks look at; a copy of one that is left out is not found
     control_members: int = 48
     control_steps: int = 400
     control_rate: float = 3e-4
@@ -75,9 +75,9 @@ def some(rows: Sequence[data.Row], most: int, seed: int) -> list[data.Row]:
 
 
 def seen(makes: Generator, root: Path, rows: Sequence[data.Row], cache: Path | None) -> Seen:
-    """Images of some rows, and the same as the flow's training saw them."""
+    """Images of some rows as the decoder draws them, and as the flow's training saw them."""
     images = data.load(root, rows, cache, makes.card.size)
-    return Seen(images.image, images.patients, tuple(encoded(makes, images)))
+    return Seen(makes.redrawn(images.image), images.patients, tuple(encoded(makes, images)))
 
 
 @torch.inference_mode()
@@ -99,7 +99,7 @@ def overtrained(suspect: Suspect, settings: Settings, tell: Callable[[str], None
     few = min(settings.control_members, len(suspect.members))
     chosen = np.random.default_rng(settings.seed).permutation(len(suspect.members))[:few]
     known = Seen(
-        suspect.members.images[chosen],
+        suspect.members.drawn[chosen],
         suspect.members.patients[chosen],
         tuple(suspect.members.examples[i] for i in chosen),
     )

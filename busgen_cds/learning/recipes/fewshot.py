@@ -127,6 +127,12 @@ def parted(rows: Sequence[data.Row], share: float, seed: int) -> tuple[list[data
     return [row for row in rows if row.patient not in judges], [row for row in rows if row.patient in judges]
 
 
+def learnt_from(adapter: Path, rows: Sequence[data.Row], source: Source) -> list[data.Row]:
+    """The images that taught an adapter, by its own word on how they were chosen; who judged it is not among them."""
+    how = checkpoint.read(adapter)[1]["settings"]
+    return parted(choose(rows, source, how["shots"], how["seed"]), how["held_out"], how["seed"])[0]
+
+
 def adapt(
     makes: Generator,
     root: Path,

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from busgen_cds.learning import autoencoder, data, embed, fidelity, figures
+from busgen_cds.learning import data, embed, fidelity, figures
 from busgen_cds.learning.embed import Embedding, Squares
 from busgen_cds.learning.fidelity import Judging
 from busgen_cds.learning.figures import Interval
@@ -90,7 +90,7 @@ def judged(makes: Generator, real: data.Images, made: Squares, init: Path | None
     """The judge on generated images, on reconstructions, and on blurred real images, which it must notice."""
     how = settings.judging
     generated = fidelity.told_apart(real.image, real.patients, made, init, how)
-    rebuilt = fidelity.paired(real.image, real.patients, lambda images: reconstructed(makes, images), init, how)
+    rebuilt = fidelity.paired(real.image, real.patients, makes.redrawn, init, how)
     noticed = fidelity.paired(real.image, real.patients, fidelity.blurred, init, how)
     return {
         "generated": generated._asdict(),
@@ -98,18 +98,6 @@ def judged(makes: Generator, real: data.Images, made: Squares, init: Path | None
         "blurred": noticed._asdict(),
         "valid": noticed.value >= fidelity.NOTICES,
     }
-
-
-@torch.inference_mode()
-def reconstructed(makes: Generator, images: Squares) -> Squares:
-    """Images through the autoencoder; the letter-box around them is none of its work."""
-    back = []
-    for i in range(0, len(images), 32):
-        batch = torch.from_numpy(images[i : i + 32])[:, None].to(makes.device).float() / 127.5 - 1
-        grain = torch.randn(batch.shape, generator=torch.Generator().manual_seed(i)).to(makes.device)
-        drawn = autoencoder.within(batch, makes.coder.decode(makes.coder.encode(batch), grain))
-        back.append(((drawn[:, 0] + 1) * 127.5).round().to(torch.uint8).cpu())
-    return torch.cat(back).numpy()
 
 
 def agreement(
