@@ -36,6 +36,7 @@ ENVELOPE = "parcel.dsse.json"
 SUFFIX = ".parcel"
 MOST_CONTENTS = 64 << 20  # bytes of the envelope: a synthetic set names each of its images
 _CHUNK = 1 << 20
+_DAMAGED = (zipfile.BadZipFile, EOFError, OSError, NotImplementedError, RuntimeError, ValueError)  # as zipfile says it
 
 What = Literal["bundle", "adapter", "synthetic set"]
 WHATS: tuple[What, ...] = get_args(What)
@@ -140,7 +141,7 @@ def _contents(archive: zipfile.ZipFile, parcel: Path, verifier: signing.Verifier
         raise Untrusted(f"{parcel} is not signed: it has no {ENVELOPE}.") from None
     if entry.file_size > MOST_CONTENTS or entry.compress_type != zipfile.ZIP_STORED:
         raise Untrusted(f"{parcel} has contents that no program of ours wrote.")
-    payload = verifier.open(_bytes(archive, parcel, entry), KIND)
+    payload = verifier.open(b"".join(_chunks(archive, parcel, ENVELOPE)), KIND)
     try:
         said = Contents(**json.loads(payload))
         files = {str(name): {"bytes": int(f["bytes"]), "sha256": str(f["sha256"])} for name, f in said.files.items()}
@@ -175,23 +176,22 @@ def _check_entries(archive: zipfile.ZipFile, parcel: Path, said: Contents) -> No
 def _take(archive: zipfile.ZipFile, parcel: Path, name: str, signed: Mapping[str, Any], to: Path) -> None:
     to.parent.mkdir(parents=True, exist_ok=True)
     read, digest = 0, hashlib.sha256()
-    try:
-        with archive.open(name) as source, to.open("xb") as target:
-            while chunk := source.read(_CHUNK):
-                read += len(chunk)
-                digest.update(chunk)
-                target.write(chunk)
-    except (zipfile.BadZipFile, EOFError, OSError) as broken:
-        raise Untrusted(f"{name} in {parcel} cannot be read: {broken}") from broken
+    with to.open("xb") as target:
+        for chunk in _chunks(archive, parcel, name):
+            read += len(chunk)
+            digest.update(chunk)
+            target.write(chunk)
     if (read, digest.hexdigest()) != (signed["bytes"], signed["sha256"]):
         raise Untrusted(f"{name} in {parcel} is not the file that was signed.")
 
 
-def _bytes(archive: zipfile.ZipFile, parcel: Path, entry: zipfile.ZipInfo) -> bytes:
+def _chunks(archive: zipfile.ZipFile, parcel: Path, name: str) -> Iterator[bytes]:
     try:
-        return archive.read(entry)
-    except (zipfile.BadZipFile, EOFError) as broken:
-        raise Untrusted(f"{parcel} cannot be read: {broken}") from broken
+        with archive.open(name) as source:
+            while chunk := source.read(_CHUNK):
+                yield chunk
+    except _DAMAGED as broken:
+        raise Untrusted(f"{name} in {parcel} cannot be read: {broken}") from broken
 
 
 def _sha256(file: Path) -> str:
@@ -212,7 +212,7 @@ def _opened(parcel: Path) -> Iterator[zipfile.ZipFile]:
         archive = zipfile.ZipFile(parcel)
     except OSError as missing:
         raise Misconfigured(f"{parcel} cannot be read ({missing.strerror}).") from missing
-    except zipfile.BadZipFile as broken:
+    except _DAMAGED as broken:
         raise Untrusted(f"{parcel} is not a parcel: {broken}") from broken
     with archive:
         yield archive
