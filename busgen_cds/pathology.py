@@ -2,7 +2,8 @@
 
 Rules:
 - A report is used only with an accession number, a patient id and a code known here; nothing is read out of prose.
-- What cannot be used is `Unusable`, with its file and row (or message, or resource); the rest of the file is used.
+- What cannot be used is `Unusable`, with its file and row (or message, or resource); the rest is used, of the file and
+  of the files beside it.
 - Only final, corrected or amended reports count, and of a report only results that are such.
 - A code belongs to the patient and the accession number that it stands under, never to those of a neighbour.
 - In situ carcinoma counts as malignant, as it does in the data that the reader learnt from.
@@ -10,6 +11,7 @@ Rules:
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import json
@@ -20,7 +22,6 @@ from datetime import date
 from typing import Any
 
 from busgen_cds.case import Pathology
-from busgen_cds.errors import Misconfigured
 
 COLUMNS = ("accession_number", "patient_id", "pathology", "reported_on")
 WORDS: Mapping[str, Pathology] = {"benign": "benign", "malignant": "malignant", "normal": "normal"}
@@ -58,17 +59,23 @@ class Unusable:
 Found = Iterator[Report | Unusable]
 
 
+def text_of(data: bytes) -> str:
+    """UTF-8, or UTF-16 where the file's first bytes say so; an id in any other writing is refused with its row."""
+    wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return data.decode("utf-16" if wide else "utf-8-sig", "replace")
+
+
 def read(name: str, text: str) -> list[Report | Unusable]:
     """Every report of a file; its kind is seen from its name and its first characters."""
     kind = _kind(name, text)
     if kind is None:
-        raise Misconfigured(f"{name} is neither a table (.csv), FHIR (.json) nor HL7 version 2 (MSH|…).")
+        return [Unusable(name, "neither a table (.csv), FHIR (.json) nor HL7 version 2 (MSH|…)")]
     return list(READERS[kind](name, text))
 
 
 def _kind(name: str, text: str) -> str | None:
     begins = text.lstrip(_MLLP + " \r\n\ufeff")[:4]
-    if begins.startswith("MSH"):
+    if begins.startswith(("MSH", "BHS", "FHS")):  # a message; a batch or a file of them
         return "hl7"
     if begins.startswith(("{", "[")):
         return "fhir"
@@ -111,23 +118,24 @@ def _checked(
 
 
 def _read_csv(name: str, text: str) -> Found:
-    table = csv.DictReader(io.StringIO(text.lstrip("\ufeff")))
+    """Separated by commas, or by what a spreadsheet of the country puts in their place."""
+    heads = text.lstrip("\ufeff").partition("\n")[0]
+    table = csv.DictReader(io.StringIO(text.lstrip("\ufeff")), delimiter=max(",;\t", key=heads.count))
     missing = [column for column in COLUMNS if column not in (table.fieldnames or ())]
     if missing:
-        raise Misconfigured(f"{name}, row 1: no column {', '.join(missing)}; needed are {', '.join(COLUMNS)}.")
-    for row in _rows(name, table):
-        cells = {column: row[column] or "" for column in COLUMNS}
-        found = WORDS.get(cells["pathology"].strip().lower())
-        said = f"the pathology is not one of {', '.join(WORDS)}"
-        where = f"{name}, row {table.line_num}"
-        yield _checked(where, cells["accession_number"], cells["patient_id"], found, said, cells["reported_on"])
-
-
-def _rows(name: str, table: csv.DictReader[str]) -> Iterator[dict[str, str]]:
+        yield Unusable(f"{name}, row 1", f"no column {', '.join(missing)}; needed are {', '.join(COLUMNS)}")
+        return
     try:
-        yield from table
+        for row in table:
+            yield _of_row(f"{name}, row {table.line_num}", {column: row[column] or "" for column in COLUMNS})
     except csv.Error as broken:
-        raise Misconfigured(f"{name}, row {table.line_num}: it is no table ({broken}).") from broken
+        yield Unusable(f"{name}, row {table.line_num}", f"the table breaks off here: {broken}")
+
+
+def _of_row(where: str, cells: Mapping[str, str]) -> Report | Unusable:
+    found = WORDS.get(cells["pathology"].strip().lower())
+    said = f"the pathology is not one of {', '.join(WORDS)}"
+    return _checked(where, cells["accession_number"], cells["patient_id"], found, said, cells["reported_on"])
 
 
 # FHIR R4
@@ -137,7 +145,8 @@ def _read_fhir(name: str, text: str) -> Found:
     try:
         document = json.loads(text)
     except ValueError as broken:
-        raise Misconfigured(f"{name} is no JSON: {broken}") from broken
+        yield Unusable(name, f"no JSON: {broken}")
+        return
     resources = _resources(document)
     observations = [r for r in resources if r.get("resourceType") == "Observation"]
     reports = [r for r in resources if r.get("resourceType") == "DiagnosticReport"]

@@ -7,7 +7,6 @@ import json
 import pytest
 
 from busgen_cds import pathology, truth
-from busgen_cds.errors import Misconfigured
 from busgen_cds.pathology import Report, Unusable
 from busgen_cds.truth import Conflict, Known, Open, Opinion
 
@@ -26,8 +25,17 @@ def test_a_table_is_read_and_a_bad_row_is_named() -> None:
 
 def test_a_table_without_a_column_is_refused_whole() -> None:
     """A missing column is said with its name."""
-    with pytest.raises(Misconfigured, match=r"lab.csv, row 1: no column patient_id"):
-        pathology.read("lab.csv", "accession_number,pathology,reported_on\nA1,benign,2026-01-01\n")
+    (refused,) = pathology.read("lab.csv", "accession_number,pathology,reported_on\nA1,benign,2026-01-01\n")
+    assert str(refused).startswith("lab.csv, row 1: no column patient_id")
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_table_is_read_as_a_spreadsheet_writes_it(separator: str, encoding: str) -> None:
+    """A spreadsheet's separator and encoding differ by country: ids and rows are read all the same."""
+    rows = (pathology.COLUMNS, ("A1", "MÜL-1", "malignant", "2026-03-04"))
+    data = "\r\n".join(separator.join(row) for row in rows).encode(encoding)
+    assert pathology.read("lab.csv", pathology.text_of(data)) == [Report("A1", "MÜL-1", "malignant", "2026-03-04")]
 
 
 def fhir(**changed: object) -> str:
@@ -104,10 +112,10 @@ def test_two_results_of_one_name_are_not_guessed() -> None:
 def test_what_is_not_written_in_utf_8_is_said() -> None:
     """An id whose letters were lost would match nobody, without a word."""
     text = "accession_number,patient_id,pathology,reported_on\nA1,M\u00dcLLER-1,benign,2026-01-01\n"
-    (found,) = pathology.read("lab.csv", text.encode("latin-1").decode("utf-8", "replace"))
+    (found,) = pathology.read("lab.csv", pathology.text_of(text.encode("latin-1")))
     assert isinstance(found, Unusable) and "UTF-8" in found.reason
-    with pytest.raises(Misconfigured, match="it is no table"):
-        pathology.read("lab.csv", text.replace("A1", "A" * 200_000))
+    (broken,) = pathology.read("lab.csv", text.replace("A1", "A" * 200_000))
+    assert isinstance(broken, Unusable) and "breaks off" in broken.reason
 
 
 def oru(code: str = "8500/3^Infiltrating duct carcinoma^ICDO3", status: str = "F", accession: str = "A1") -> str:
@@ -129,6 +137,7 @@ def test_an_oru_message_is_read() -> None:
         Report("A1", "P1", "benign", "2026-03-04"),
         REPORT,
     ]
+    assert pathology.read("day.hl7", f"FHS|^~\\&|LAB\rBHS|^~\\&|LAB\r{oru()}BTS|1\rFTS|1\r") == [REPORT]
 
 
 def test_a_message_of_several_orders_or_patients_is_not_mixed() -> None:
@@ -158,9 +167,11 @@ def test_an_oru_message_that_cannot_be_used_is_numbered(message: str, why: str) 
 
 
 def test_another_kind_of_file_is_refused() -> None:
-    """A file of no known kind is refused by name."""
-    with pytest.raises(Misconfigured, match=r"notes\.txt"):
-        pathology.read("notes.txt", "malignant, I think")
+    """A file of no known kind, and one that breaks off, is refused by name."""
+    (refused,) = pathology.read("notes.txt", "malignant, I think")
+    (broken,) = pathology.read("lab.json", '{"resourceType": ')
+    assert isinstance(refused, Unusable) and refused.where == "notes.txt"
+    assert isinstance(broken, Unusable) and str(broken).startswith("lab.json: no JSON")
 
 
 AGREE, EDIT = Opinion("agree", "3"), Opinion("edit", "5")

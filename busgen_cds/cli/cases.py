@@ -86,7 +86,7 @@ def cases_import(
     with opened(config) as site:
         stations = learning_loop.case_stations(site)
         for path in every_file(files):
-            for one in pathology.read(path.name, path.read_text(encoding="utf-8", errors="replace")):
+            for one in pathology.read(path.name, pathology.text_of(path.read_bytes())):
                 if isinstance(one, pathology.Unusable):
                     refused += 1
                     console.print(str(one), soft_wrap=True, highlight=False, markup=False)
@@ -94,9 +94,10 @@ def cases_import(
                     kept += 1
                 else:
                     known += 1
-        outcomes = confirm_case.gather(stations)
+        outcomes, waiting = confirm_case.gather(stations), stations.book.waiting()
     _tell(outcomes)
     out.print(f"{kept} reports taken in, {known} known already, {refused} not usable.")
+    _say_what_waits(waiting)
     if refused:
         raise typer.Exit(1)
 
@@ -113,6 +114,7 @@ def cases_list(config: Config = HERE, as_json: Json = False) -> None:
         kept = stations.book.listing()
         reports = {o.study_ref: stations.book.pathology_of(o.study_ref) for o in outcomes if _conflict(o)}
         lacking, new = learning_loop.lacking(site), len(stations.book.new())
+        waiting = stations.book.waiting()
     if as_json:
         doubts = [
             {"study": o.study_ref, "finding": o.finding, "conflict": _conflict(o), "reason": o.found.reason}
@@ -134,10 +136,19 @@ def cases_list(config: Config = HERE, as_json: Json = False) -> None:
     for study_ref, found in reports.items():
         for report in found:
             out.print(f"  study {study_ref[:8]}: report {report.ref[:8]} says {report.pathology}, {report.reported_on}")
+    _say_what_waits(waiting)
     out.print(f"{new} new cases teach; a night begins from {site.settings.adaptation.least_new} on.")
     for what in lacking:
         out.print(f"  {what}", soft_wrap=True, highlight=False)
     return None
+
+
+def _say_what_waits(reports: int) -> None:
+    if reports:
+        out.print(
+            f"{reports} pathology reports name an accession number of no study answered here, and wait for it.",
+            soft_wrap=True,
+        )
 
 
 def _as_document(case: Listed) -> dict[str, Any]:

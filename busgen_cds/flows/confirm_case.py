@@ -9,9 +9,8 @@ Rules:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,7 +38,6 @@ class Stations:
     results: Results
     words: Cases
     book: Casebook
-    clock: Callable[[], datetime] = lambda: datetime.now(UTC)
 
 
 @dataclass(frozen=True)
@@ -62,6 +60,7 @@ class _Said:
     words: dict[int, Said]
     pathology: tuple[Pathology, ...]
     final: str | None
+    proven_on: str  # ISO date of what was reported, where anything was
 
     @property
     def standing(self) -> int:
@@ -78,8 +77,14 @@ class _Said:
 
 def gather(stations: Stations, study_refs: Iterable[str] | None = None) -> list[Outcome]:
     """Make or put right the cases of these studies; of all that anything was said of, without them."""
-    chosen = study_refs if study_refs is not None else sorted(stations.words.studies() | stations.book.proven())
+    chosen = study_refs if study_refs is not None else sorted(_spoken_of(stations))
     return [outcome for study_ref in chosen for outcome in of_study(stations, study_ref)]
+
+
+def _spoken_of(stations: Stations) -> set[str]:
+    """Studies of which a reader, a final report or pathology said anything."""
+    said = stations.words.studies() | stations.book.proven()
+    return said | {ref for ref in stations.inbox.studies_with(radiologist.SR) - said if _final(stations, ref)[1]}
 
 
 def of_study(stations: Stations, study_ref: str) -> list[Outcome]:
@@ -103,21 +108,25 @@ def _known(stations: Stations, study_ref: str) -> tuple[_Said | None, list[Outco
     if strangers:
         reason = f"{strangers} pathology reports name this accession number and another patient: whose are they?"
         doubts = [Outcome(study_ref, WHOLE_STUDY, Conflict(reason))]
-    mine = tuple(each.pathology for each in reports if each.same_patient)
+    mine = [each for each in reports if each.same_patient]
     words = stations.words.last_words(study_ref, entry.revision)
-    final = _final(stations, study_ref)
-    return _Said(study_ref, entry.revision, shown.answer, words, mine, final), doubts
+    received, final = _final(stations, study_ref)
+    proven, on = tuple(each.pathology for each in mine), max((each.reported_on for each in mine), default=received)
+    return _Said(study_ref, entry.revision, shown.answer, words, proven, final, on), doubts
 
 
-def _final(stations: Stations, study_ref: str) -> str | None:
-    """The category of the last verified report that was received for the study."""
+def _final(stations: Stations, study_ref: str) -> tuple[str, str | None]:
+    """When the last verified report of the study was received, and its category."""
     categories = []
     for instance in stations.inbox.instances(study_ref):
         if instance.sop_class_uid in radiologist.SR:
             read = radiologist.read(stations.inbox.open(instance))
             if isinstance(read, radiologist.Final):
                 categories.append((instance.received_at, read.birads))
-    return max(categories)[1] if categories else None
+    if not categories:
+        return "", None
+    at, category = max(categories)
+    return at.date().isoformat(), category
 
 
 def _decided(said: _Said, number: int) -> Known | Open | Conflict:
@@ -194,7 +203,7 @@ def _case(
         birads=opinion.birads if opinion and found.pathology != "normal" else None,
         origin=found.origin,
         word=word.word.word if word else None,
-        confirmed_on=(word.at if word else stations.clock()).date().isoformat(),
+        confirmed_on=word.at.date().isoformat() if word else said.proven_on,
         said_by=BundleName(bundle.name, bundle.version, bundle.digest),
         device=deidentify.device(study.scanner),
     )

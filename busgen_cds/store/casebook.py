@@ -301,6 +301,13 @@ class Casebook:
         with self._database.reading() as session:
             return set(session.execute(query.where(_results.c.current, _results.c.accession_blind != "")).scalars())
 
+    def waiting(self) -> int:
+        """How many reports name an accession number of no study that was answered here."""
+        answered = sa.select(_results.c.accession_blind).where(_results.c.current)
+        query = sa.select(sa.func.count()).select_from(_pathology).where(~_pathology.c.withdrawn)
+        with self._database.reading() as session:
+            return session.execute(query.where(_pathology.c.accession_blind.not_in(answered))).scalar_one()
+
     # -- what was learnt ---------------------------------------------------------------------------------------------
 
     def begin(self, ref: str, cases: Collection[Listed], *, again: bool = False) -> bool:

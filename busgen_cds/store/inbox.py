@@ -20,7 +20,7 @@ import os
 import secrets
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -290,6 +290,12 @@ class Inbox:
     def instances(self, study_ref: str) -> tuple[Instance, ...]:
         """What the study consists of, in the order received; set-aside conflicts are not part of it."""
         return self._instances_where(_instances.c.study_ref == study_ref, ~_instances.c.conflict)
+
+    def studies_with(self, sop_class_uids: Collection[str]) -> set[str]:
+        """Studies that hold an object of one of these classes."""
+        of = sa.select(_instances.c.study_ref).where(_instances.c.sop_class_uid.in_(sop_class_uids))
+        with self._database.reading() as session:
+            return set(session.execute(of.where(~_instances.c.conflict).distinct()).scalars())
 
     def conflicts(self) -> tuple[Instance, ...]:
         """Instances that came with other bytes under a SOP Instance UID that was known already."""

@@ -26,12 +26,16 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_bad_row_is_named_and_the_rest_is_taken_in(config: Path, tmp_path: Path) -> None:
-    """`cases import` says the file and row of what it cannot use, keeps the rest, and takes nothing in twice."""
+    """`cases import` says the file and row of what it cannot use, keeps the rest, and takes nothing in twice; reports
+    of a study that is not here are counted, so that a wrong kind of number is seen."""
+    (tmp_path / "a note.txt").write_text("not a report")  # it stops nothing
     head = "accession_number,patient_id,pathology,reported_on\n"
     (tmp_path / "lab.csv").write_text(f"{head}A1,P1,malignant,2026-03-04\nA2,,benign,2026-03-04\n")
-    first = RUN.invoke(cases_app, ["import", str(tmp_path / "lab.csv"), "-c", str(config)])
+    first = RUN.invoke(cases_app, ["import", str(tmp_path), "-c", str(config)])
     assert first.exit_code == 1 and "lab.csv, row 3: no patient id" in first.output
-    assert "1 reports taken in, 0 known already, 1 not usable" in first.output
+    assert "a note.txt: neither a table" in first.output
+    assert "1 reports taken in, 0 known already, 2 not usable" in first.output
+    assert "1 pathology reports name an accession number of no study answered here" in first.output
     again = RUN.invoke(cases_app, ["import", str(tmp_path), "-c", str(config)])
     assert "0 reports taken in, 1 known already" in again.output
 

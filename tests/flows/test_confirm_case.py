@@ -26,7 +26,7 @@ from tests.web.practice import Practice, Says
 class Site(Practice):
     @property
     def stations(self) -> confirm_case.Stations:
-        return confirm_case.Stations(self.inbox, self.results, self.cases, self.book, self.clock)
+        return confirm_case.Stations(self.inbox, self.results, self.cases, self.book)
 
     @property
     def book(self) -> Casebook:
@@ -109,6 +109,17 @@ def test_pathology_settles_what_a_category_leaves_open(site: Site) -> None:
     assert isinstance(confirm_case.gather(site.stations)[0].found, Open)
     site.proves(ref, "malignant")
     assert confirm_case.gather(site.stations)[0].found == Known("malignant", "pathology")
+
+
+def test_a_case_that_pathology_alone_made_stays_as_it_is(site: Site) -> None:
+    """It is of its report's day, not of the day it is looked at: looked at again, it is new to no further night."""
+    ref = site.study(3, Says("4A"))
+    site.proves(ref, "malignant")
+    confirm_case.gather(site.stations)
+    (case,) = site.book.listing()
+    assert case.confirmed_on == "2026-03-04"
+    assert not confirm_case.gather(site.stations)[0].changed
+    assert site.book.listing() == [case]
 
 
 def test_pathology_of_another_patient_is_shown_and_not_used(site: Site) -> None:
@@ -197,11 +208,14 @@ def _final_report(study: bytes, category: str, verified: str = "VERIFIED") -> tu
 
 @pytest.mark.parametrize(("verified", "expected"), [("VERIFIED", Known("malignant", "report")), ("UNVERIFIED", Open)])
 def test_a_radiologists_verified_report_is_heard(site: Site, verified: str, expected: object) -> None:
-    """A final SR received by DICOM states the truth of a study with one finding; an unverified one does not."""
+    """A final SR received by DICOM states the truth of a study with one finding, though nobody said a word of it here;
+    an unverified one does not."""
     study = breast_study(1, seed=30, patient_id="PAT-30")
     ref = site.receives(study)
     site.answers(ref, Says("4C"))
     data, arrival, peek = _final_report(study[0], "397145000", verified)
     site.inbox.keep(arrival, peek, [data])
+    made = [each.found for each in confirm_case.gather(site.stations)]
+    assert made == ([expected] if verified == "VERIFIED" else [])
     (outcome,) = confirm_case.gather(site.stations, [ref])
     assert outcome.found == expected or (isinstance(expected, type) and isinstance(outcome.found, expected))
