@@ -181,7 +181,8 @@ class Rules(_Section):
 
 class Adaptation(_Section):
     cron: str = Field(
-        default="", description='When the night runs, as a cron line ("0 1 * * *"); unset: only when asked for.'
+        default="",
+        description='When a night runs, as a cron line ("0 1 * * *") of this machine\'s clock; unset: when asked for.',
     )
     least_new: int = Field(default=64, ge=8, description="New cases that teach, for a night to be worth it.")
     least_new_asked: int = Field(

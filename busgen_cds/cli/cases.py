@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from busgen_cds import truth
 from busgen_cds.cli.console import HERE, Config, Json, console, every_file, opened, out, table
+from busgen_cds.errors import Misconfigured
 from busgen_cds.truth import Conflict, Known
 
 if TYPE_CHECKING:
@@ -30,7 +31,6 @@ def adapt(
     wait: Annotated[bool, typer.Option(help="Stay, and adapt at the cron times of the settings.")] = False,
 ) -> None:
     """Learn from the site's cases; what passes the judge goes onto the shelf. Nothing becomes live by this."""
-    from busgen_cds.errors import Misconfigured
     from busgen_cds.flows import adapt_site
     from busgen_cds.operations import learning_loop, serving
 
@@ -174,10 +174,11 @@ def _tell(outcomes: list[Outcome]) -> None:
 def cases_export(
     to: Annotated[Path, typer.Argument(help="Folder; it must be empty.")],
     config: Config = HERE,
-    part: Annotated[str, typer.Option(help="teach, test or all.")] = "teach",
+    part: Annotated[
+        Literal["teach", "test", "all"], typer.Option(help="Of the patients who teach, or of those who judge.")
+    ] = "teach",
 ) -> None:
     """Write de-identified cases as images, masks and a manifest that training reads."""
-    from busgen_cds.errors import Misconfigured
     from busgen_cds.operations import learning_loop
 
     if to.exists() and any(to.iterdir()):
@@ -201,6 +202,7 @@ def cases_withdraw(
 
     with opened(config) as site:
         stations = learning_loop.case_stations(site)
-        done = stations.book.withdraw(report, who=who)
+        if not stations.book.withdraw(report, who=who):
+            raise Misconfigured(f"No report that stands begins with {report!r}, or several do: see `cases list`.")
         confirm_case.gather(stations)
-    out.print("Withdrawn." if done else "There is no such report that stands.")
+    out.print("Withdrawn.")

@@ -5,6 +5,7 @@
 Rules:
 - A night is worth it from so many new cases on; fewer are enough while a drift alarm asks for adaptation.
 - Which cases teach is written down when the run begins; whatever is confirmed later waits for the next one.
+- One night at a time: whoever takes up a run that another process is at waits for its stage, and goes on from there.
 - A stage that was killed is begun again; what it makes is the same, so that the candidate's digest is, too.
 - A candidate that the judge refuses is kept as refused, with its reasons; one that it accepts goes onto the shelf,
   signed by the night job's key. Nothing here can make it live.
@@ -14,18 +15,22 @@ Rules:
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from dbos import DBOS, DBOSConfig, SetWorkflowID
+from dbos import error as dbos_error
 
 from busgen_cds import signing
 from busgen_cds.bundle import Candidate
@@ -102,6 +107,26 @@ def _now() -> Stations:
 @DBOS.workflow(name=ADAPT_SITE, max_recovery_attempts=20)
 def adapt_site(run: str, anyway: bool) -> str:
     """What became of it: `shelved DIGEST`, `refused DIGEST`, `failed RUN`, or why nothing was begun."""
+    with _alone():
+        return _through_the_night(run, anyway)
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """The engine gives a run that was not ended to every process that starts, also while its own is alive."""
+    folder = os.open(_now().folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.warning("Another process adapts here already: waiting for what it is at.")
+            fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
+
+
+def _through_the_night(run: str, anyway: bool) -> str:
     word = _plan(run, anyway)
     if word != "planned":
         return word
@@ -242,8 +267,24 @@ def every(cron: str) -> None:
     """At these times of a cron line, or, where it is empty, never; a night that was missed is left out."""
     if DBOS.get_schedule(NIGHTLY) is not None:
         DBOS.delete_schedule(NIGHTLY)
-    if cron:
-        DBOS.create_schedule(schedule_name=NIGHTLY, workflow_fn=night, schedule=cron)
+    if not cron:
+        return
+    zone = clinic_zone()
+    try:
+        DBOS.create_schedule(schedule_name=NIGHTLY, workflow_fn=night, schedule=cron, cron_timezone=zone)
+    except dbos_error.DBOSException as wrong:
+        raise Misconfigured(f"adaptation.cron is no time to adapt at: {wrong}. Write it as 0 1 * * *.") from wrong
+    log.info("Adapting at the times %s, %s.", cron, zone or "UTC: this machine does not say its time zone")
+
+
+def clinic_zone() -> str | None:
+    """The name of this machine's time zone: a night is the clinic's night. None: it says none."""
+    _, found, linked = os.path.realpath("/etc/localtime").partition("/zoneinfo/")
+    name = os.environ.get("TZ", "").removeprefix(":") or (linked if found else "")
+    try:
+        return ZoneInfo(name).key if name else None
+    except (ZoneInfoNotFoundError, ValueError):
+        return None
 
 
 @DBOS.workflow(name="night", max_recovery_attempts=20)

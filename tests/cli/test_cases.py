@@ -70,6 +70,15 @@ def test_an_export_needs_an_empty_folder(config: Path, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "manifest.csv").exists()
     refused = RUN.invoke(cases_app, ["export", str(tmp_path / "out"), "-c", str(config)])
     assert isinstance(refused.exception, Misconfigured)
+    mistyped = RUN.invoke(cases_app, ["export", str(tmp_path / "more"), "--part", "tech", "-c", str(config)])
+    assert mistyped.exit_code == 2 and not (tmp_path / "more").exists()
+
+
+def test_a_report_that_is_not_there_is_not_withdrawn(config: Path) -> None:
+    """A reference that names no report, or several, ends with an error: a script would believe otherwise."""
+    for ref in ("nothing", ""):
+        refused = RUN.invoke(cases_app, ["withdraw-report", ref, "-c", str(config)])
+        assert isinstance(refused.exception, Misconfigured) and "see `cases list`" in str(refused.exception)
 
 
 def test_adapting_names_the_setting_that_is_missing(config: Path) -> None:

@@ -11,6 +11,7 @@ import hashlib
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from multiprocessing.connection import Connection
@@ -173,3 +174,32 @@ def _night(folder: Path, die_at: str, answer: Connection) -> None:
     killed_plan(ward, die_at)
     killed_shelf(ward, die_at)
     answer.send(ward.night(laboratory(die_at)))
+
+
+def begun_in_its_own_process(folder: Path) -> Connection:
+    """A night that learns until there is a file `go on`; it says when its engine has started, and what became of it."""
+    ours, theirs = _PROCESSES.Pipe(duplex=False)
+    _PROCESSES.Process(target=_held, args=(folder, theirs), daemon=True).start()
+    theirs.close()
+    return ours
+
+
+def _note(folder: Path, what: str) -> None:
+    with (folder / "learnt").open("a") as file:
+        file.write(f"{what}\n")
+
+
+def _held(folder: Path, answer: Connection) -> None:
+    def members(run: Path) -> None:
+        _note(folder, "begins")
+        while not (folder / "go on").exists():
+            time.sleep(0.05)
+        made.members(run)
+        _note(folder, "ends")
+
+    made, ward = laboratory(), Ward(folder)
+    stations = ward.stations(dataclasses.replace(made, members=members))
+    adapt_site.launch(stations, f"sqlite:///{folder / 'workflows.sqlite'}")
+    answer.send("started")
+    answer.send(adapt_site.run())
+    adapt_site.end()

@@ -7,11 +7,13 @@ import time
 from pathlib import Path
 
 import pytest
+from dbos import DBOS
 
 from busgen_cds.bundle import Bundle
+from busgen_cds.errors import Misconfigured
 from busgen_cds.flows import adapt_site
 from busgen_cds.store import audit
-from tests.flows.nights import VERIFIER, Ward, in_its_own_process, laboratory
+from tests.flows.nights import VERIFIER, Ward, begun_in_its_own_process, in_its_own_process, laboratory
 
 STAGES = [
     f"{stage} {when}"
@@ -96,11 +98,15 @@ def test_a_stage_that_fails_ends_the_night_with_its_reason(ward: Ward) -> None:
     assert ward.night(laboratory()).startswith("shelved")
 
 
-def test_nights_come_at_their_time(ward: Ward) -> None:
-    """At the times of a cron line a night runs by itself, once for each."""
+def test_nights_come_at_their_time(ward: Ward, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the times of a cron line, of the clinic's clock, a night runs by itself, once for each."""
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
     adapt_site.launch(ward.stations(laboratory()), f"sqlite:///{ward.folder / 'workflows.sqlite'}")
     try:
+        with pytest.raises(Misconfigured, match=r"adaptation\.cron"):
+            adapt_site.every("every night")
         adapt_site.every("* * * * * *")
+        assert (DBOS.get_schedule(adapt_site.NIGHTLY) or {}).get("cron_timezone") == "Asia/Tokyo"
         until = time.monotonic() + 120
         while not ward.shelf.listing() and time.monotonic() < until:
             time.sleep(0.2)
@@ -109,6 +115,21 @@ def test_nights_come_at_their_time(ward: Ward) -> None:
         adapt_site.end(wait=60)
     assert [each.state for each in ward.shelf.listing()] == ["shelved"]
     assert len(ward.book.adaptations()) == 1  # the next seconds found no new cases, or this night under way
+
+
+@pytest.mark.slow
+def test_two_processes_never_learn_at_once(ward: Ward, undisturbed: str) -> None:
+    """`adapt` typed while another process is at a night: it waits, and both say what became of it."""
+    first = begun_in_its_own_process(ward.folder)
+    while not (ward.folder / "learnt").exists():
+        time.sleep(0.05)
+    second = begun_in_its_own_process(ward.folder)
+    assert first.recv() == second.recv() == "started"
+    time.sleep(1)  # in which the second would begin the stage as well
+    (ward.folder / "go on").touch()
+    assert first.recv() == second.recv() == f"shelved {undisturbed}"
+    noted = (ward.folder / "learnt").read_text().splitlines()
+    assert noted == ["begins", "ends"] * (len(noted) // 2) and len(ward.book.adaptations()) == 1
 
 
 @pytest.mark.slow
