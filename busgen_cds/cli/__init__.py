@@ -13,6 +13,7 @@ import sys
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 import busgen_cds
 from busgen_cds.cli import bundles, cases, custody, experiments, files, generator, reader, results, site
@@ -51,7 +52,7 @@ def main() -> None:
 
 
 def _fail(what: str, error: Exception, code: int) -> None:
-    console.print(f"[bold red]{what}.[/] {error}", highlight=False, markup=True)
+    console.print(f"[bold red]{what}.[/] {escape(str(error))}", highlight=False, markup=True)
     sys.exit(code)
 
 

@@ -61,7 +61,7 @@ class Vocabulary:
         try:
             return 1 + self.names[condition].index(label)
         except ValueError:
-            known = ", ".join(self.names[condition])
+            known = ", ".join(map(repr, self.names[condition]))
             raise Misconfigured(f"Unknown {condition} {label!r}; this generator knows: {known}.") from None
 
     def with_label(self, condition: str, label: str) -> Vocabulary:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,6 +59,12 @@ class Sampling:
     propose_steps: int = 12  # healthy → lesion: the outline needs fewer steps than the picture
     refine_steps: int = 5
     refine_from: float = 0.25  # noise of the last stage: enough for a seam, too little for another breast
+
+    def __post_init__(self) -> None:
+        if min(self.steps, self.propose_steps, self.refine_steps) < 1:
+            raise Misconfigured("The sampler takes one step or more; the shipped figures were measured with 16.")
+        if not 0 <= self.guidance < math.inf:
+            raise Misconfigured(f"Guidance is a number from 0 on (1: none, 1.5: the default), not {self.guidance}.")
 
 
 @dataclass(frozen=True)
@@ -144,9 +151,14 @@ class Generator:
 
     @classmethod
     def load(
-        cls, folder: Path = SHIPPED, *, adapter: Path | None = None, device: torch.device | str | None = None
+        cls,
+        folder: Path | str = SHIPPED,
+        *,
+        adapter: Path | str | None = None,
+        device: torch.device | str | None = None,
     ) -> Generator:
         """The generator of a folder (that of the package unless another is named), with an adapter if wished."""
+        device, folder = _machine(device), Path(folder)
         try:
             card = Card.from_json((folder / CARD).read_text(encoding="utf-8"))
         except OSError as missing:
@@ -156,8 +168,8 @@ class Generator:
         network = networks.build(card.network, card.vocabulary)
         network.load_state_dict(_wide(checkpoint.read(folder / FLOW)[0]))
         if adapter is not None:
-            card = adapted(card, network, adapter)
-        return cls(card, coder, network, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+            card = adapted(card, network, Path(adapter))
+        return cls(card, coder, network, device)
 
     def save(self, folder: Path) -> None:
         """Half precision; the card last, so that a folder without it is no generator."""
@@ -184,11 +196,14 @@ class Generator:
         sampling: Sampling = Sampling(),
         tell: Callable[[int, int], None] = lambda done, steps: None,
     ) -> list[Sample]:
-        """Images `first` to `first + count` of a seed. A box, a mask or a healthy image may be given.
+        """Images `first` to `first + count` of a seed. A box or a mask, and a healthy image may be given.
 
         box: left, top, right, bottom as fractions of the image; mask: an outline of any size, true in the lesion;
-        healthy: a grey breast image in which the lesion shall grow. What is not given is drawn.
+        healthy: a grey breast image in which the lesion shall grow. What is not given is drawn. Now and then, and
+        often in a box of few pixels, no lesion comes: the sample's mask is empty then.
         """
+        if min(count, seed, first) < 0:
+            raise Misconfigured(f"Count, seed and first are numbers from 0 on, not {count}, {seed} and {first}.")
         wishes = [
             self.wish(first + i, seed, pathology, birads, device, box, mask, healthy, labels or {})
             for i in range(count)
@@ -208,25 +223,23 @@ class Generator:
         labels: Mapping[str, str] = {},
     ) -> Wish:
         """Check one question and draw what it leaves open."""
-        if pathology == "normal" and (box is not None or mask is not None or healthy is not None):
-            raise Misconfigured("A normal image has no lesion: give no box, mask or healthy image with it.")
-        if mask is not None and healthy is not None and mask.shape != healthy.shape:
-            raise Misconfigured(f"The mask {mask.shape} and the healthy image {healthy.shape} differ in size.")
+        _check(pathology, box, mask, healthy, labels)
         self.card.vocabulary.index({"pathology": pathology, "birads": birads, "device": device, **labels})
+        box = None if box is None else _checked(box)
         rng = np.random.default_rng((seed, index))
         drawn = conditions.placement(self.card.regions.draw(device, rng), self.card.size)
         given = healthy if healthy is not None else mask
         place = drawn if given is None else Placement(given.shape[0], given.shape[1], self.card.size)
         if box is None and mask is None and pathology != "normal":
             box = self.card.boxes.draw(pathology, rng)
-        outline = None if mask is None else data.prepare_mask(np.where(mask > 0, 255, 0).astype(np.uint8), place)
+        outline = None if mask is None else _outline(mask, place)
         breast = None if healthy is None else np.rint(pixels.prepare(healthy, self.card.size)[0][0] * 255)
         return Wish(
             index,
             pathology,
             birads,
             device,
-            _checked(box) if box is not None else conditions.box_of(outline, place) if outline is not None else None,
+            conditions.box_of(outline, place) if outline is not None else box,
             place,
             outline,
             None if breast is None else breast.astype(np.uint8),
@@ -425,20 +438,76 @@ def shadowed(plane: Tensor) -> Tensor:
     return plane.cummax(2).values
 
 
+def _machine(device: torch.device | str | None) -> torch.device:
+    """What computes: the device that was named, or the GPU where there is one."""
+    try:
+        return torch.empty(0, device=device or ("cuda" if torch.cuda.is_available() else "cpu")).device
+    except (RuntimeError, AssertionError) as error:
+        raise Misconfigured(
+            f"Nothing can be computed on {device} here: say cpu, or cuda where there is a GPU."
+        ) from error
+
+
+def _check(pathology: str, box: Any, mask: Any, healthy: Any, labels: Mapping[str, str]) -> None:
+    """Whether what is given can be given, and together."""
+    if not pathology:
+        raise Misconfigured("Say a pathology: every image is asked for with one.")
+    if pathology == "normal" and (box is not None or mask is not None or healthy is not None):
+        raise Misconfigured("A normal image has no lesion: give no box, mask or healthy image with it.")
+    if box is not None and mask is not None:
+        raise Misconfigured("A mask says where the lesion lies: give no box with it.")
+    if said := {"pathology", "birads", "device"} & set(labels):
+        raise Misconfigured(f"{', '.join(sorted(said))}: said by its own name, not as a task's label.")
+    if mask is not None and (np.ndim(mask) != 2 or not isinstance(mask, np.ndarray) or not (mask > 0).any()):
+        raise Misconfigured(f"A mask is an array of rows and columns, true in the lesion, not {_kind(mask)}.")
+    if healthy is not None and (
+        np.ndim(healthy) != 2 or getattr(healthy, "dtype", None) != np.uint8 or not healthy.size
+    ):
+        raise Misconfigured(
+            f"A healthy image is a grey 8-bit array of rows and columns, not {_kind(healthy)};"
+            ' of a file: np.asarray(Image.open(PATH).convert("L")).'
+        )
+    if mask is not None and healthy is not None and mask.shape != healthy.shape:
+        raise Misconfigured(f"The mask {mask.shape} and the healthy image {healthy.shape} differ in size.")
+
+
+def _kind(given: Any) -> str:
+    if not isinstance(given, np.ndarray):
+        return f"a {type(given).__name__}"
+    return f"{given.dtype} {given.shape}" + ("" if not given.size or (given > 0).any() else ", empty")
+
+
+def _outline(mask: NDArray[Any], place: Placement) -> Grey:
+    """The mask as the network sees it; what its grid cannot show is refused."""
+    outline = data.prepare_mask(np.where(mask > 0, 255, 0).astype(np.uint8), place)
+    if not conditions.outline_mask(conditions.outline_planes(outline)[None]).any():
+        raise Misconfigured(f"The mask's lesion is too small to be drawn in an image of {place.size} pixels.")
+    return outline
+
+
 def _checked(box: Box | Sequence[float]) -> Box:
-    box = Box(*map(float, box))
-    if not (0 <= box.left < box.right <= 1 and 0 <= box.top < box.bottom <= 1):
-        raise Misconfigured(f"A box is left, top, right, bottom as fractions of the image; {tuple(box)} is none.")
-    return box
+    try:
+        edges = [float(edge) for edge in box]
+        left, top, right, bottom = edges
+    except (TypeError, ValueError):
+        edges = []
+    if not edges or not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
+        raise Misconfigured(f"A box is left, top, right, bottom as fractions of the image (0 to 1); {box!r} is none.")
+    return Box(left, top, right, bottom)
 
 
 def adapted(card: Card, network: networks.Network, path: Path) -> Card:
     """Put an adapter into the network, and its new labels into the card."""
     weights, notes = checkpoint.read(path)
+    if "rank" not in notes or "vocabulary" not in notes:
+        raise Misconfigured(f"{path} is no adapter: `busgen-cds fewshot` makes one, {ADAPTER}.")
     vocabulary = Vocabulary({name: tuple(labels) for name, labels in notes["vocabulary"]})
     network.conditions.grow(vocabulary)
     networks.adapt(network, int(notes["rank"]))
-    networks.load_adapter_weights(network, _wide(weights))
+    try:
+        networks.load_adapter_weights(network, _wide(weights))
+    except (ValueError, RuntimeError) as error:
+        raise Misconfigured(f"{path} was made for another generator: adapt this one anew.") from error
     boxes = {name: np.array(b, np.float32).reshape(-1, 4) for name, b in notes["boxes"].items()}
     regions = {name: tuple(q) for name, q in notes["regions"].items()}
     return dataclasses.replace(

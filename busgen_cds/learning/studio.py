@@ -96,6 +96,7 @@ def _picture(sample: Sample) -> Picture:
         "pathology": sample.pathology,
         "birads": sample.birads,
         "device": sample.device,
+        "lesion": bool(sample.mask.any()),
         "box": [round(float(each), 4) for each in sample.box] if sample.box else None,
         "seed": sample.seed,
         "index": sample.index,

@@ -47,6 +47,8 @@ def read(path: Path) -> Task:
             TaskClass(c["name"], tuple(c["values"]), float(c.get("threshold", 0.5))) for c in document["classes"]
         )
         task = Task(document["name"], document["column"], classes)
+    except UnicodeDecodeError as error:
+        raise Misconfigured(f"The task file {path} is no text in UTF-8.") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise Misconfigured(f"The task file {path} cannot be used: {error!r}") from error
     if len(task.classes) < 2:

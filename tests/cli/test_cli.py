@@ -191,6 +191,14 @@ def test_a_wrong_folder_says_what_to_do(tmp_path: Path) -> None:
     assert "busgen-cds init" in done.stderr
 
 
+def test_a_name_in_brackets_is_said_whole(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A path with brackets is no markup: the message names the folder as it is."""
+    monkeypatch.setattr(sys, "argv", ["busgen-cds", "queue", "-c", "/[none]"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "/[none]" in capsys.readouterr().err
+
+
 def test_send_sends_what_is_dicom_and_names_what_is_not(tmp_path: Path) -> None:
     """`send` stores every DICOM file at the node, and names every file that it leaves out."""
     scanned(tmp_path / "in", n=3, seed=4)

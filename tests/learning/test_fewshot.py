@@ -119,6 +119,15 @@ def test_shots_never_come_from_a_test_split(tmp_path: Path) -> None:
             task(tmp_path, split)
 
 
+def test_a_task_file_that_is_no_text_is_named(tmp_path: Path) -> None:
+    """An image in the task file's place is refused with its name, and without its bytes."""
+    path = tmp_path / "task.toml"
+    path.write_bytes(b"\x89PNG" + bytes(range(256)))
+    with pytest.raises(Misconfigured, match=r"task\.toml is no text") as refused:
+        fewshot.read_task(path)
+    assert len(str(refused.value)) < 40 + len(str(path))
+
+
 @pytest.mark.parametrize("name", ["screening", "diagnosis", "prognosis"])
 def test_the_shipped_tasks_are_read(name: str) -> None:
     """Screening, diagnosis and prognosis are read by reader and generator alike; the surrogate says what it is."""

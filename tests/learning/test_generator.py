@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from busgen_cds.errors import Misconfigured
-from busgen_cds.learning import conditions, generator, networks
+from busgen_cds.learning import checkpoint, conditions, generator, networks
 from busgen_cds.learning.conditions import Box, Vocabulary
 from busgen_cds.learning.generator import Generator, Sampling
 from busgen_cds.pixels import Placement
@@ -104,10 +104,25 @@ def test_the_healthy_surroundings_are_kept_until_the_seam_is_smoothed() -> None:
         {"pathology": "benign", "box": (0.5, 0.5, 0.4, 0.9)},
         {"pathology": "benign", "box": (0.5, 0.5, 1.4, 0.9)},
         {"pathology": "benign", "mask": np.ones((4, 4)), "healthy": np.ones((5, 5), np.uint8)},
+        {"pathology": None},
+        {"pathology": "benign", "birads": 4},
+        {"pathology": "benign", "box": (0.5, 0.5, 0.9)},
+        {"pathology": "benign", "box": "the middle"},
+        {"pathology": "benign", "box": (0.1, 0.1, 0.3, 0.3), "mask": np.ones((9, 9))},
+        {"pathology": "malignant", "mask": np.zeros((96, 80), bool)},
+        {"pathology": "malignant", "mask": disc(960, 800, 400, 400, 1)},
+        {"pathology": "benign", "mask": np.ones((9, 9, 3))},
+        {"pathology": "benign", "mask": [[1, 1], [1, 1]]},
+        {"pathology": "benign", "healthy": "breast.png"},
+        {"pathology": "benign", "healthy": np.ones((9, 9, 3), np.uint8)},
+        {"pathology": "benign", "healthy": np.full((9, 9), np.nan)},
+        {"pathology": "benign", "labels": {"pathology": "malignant"}},
+        {"pathology": "benign", "count": -1},
+        {"pathology": "benign", "seed": -1},
     ],
 )
 def test_a_wrong_question_is_refused(wrong: dict[str, object]) -> None:
-    """An unknown label, an impossible box or two sizes are refused, with the words that would do."""
+    """An unknown label, an impossible box, an empty outline or a colour image are refused, with what would do."""
     with pytest.raises(Misconfigured):
         tiny().sample(**wrong)  # type: ignore[arg-type]
 
@@ -122,6 +137,27 @@ def test_a_generator_is_what_it_was_when_saved(tmp_path: Path) -> None:
     other = again.sample(pathology="benign", seed=3, sampling=QUICK)[0]
     assert np.abs(one.image.astype(int) - other.image.astype(int)).mean() < 3
     assert one.image.shape == other.image.shape
+
+
+@pytest.mark.parametrize("wrong", [{"steps": 0}, {"refine_steps": 0}, {"guidance": float("nan")}, {"guidance": -1.0}])
+def test_a_sampler_that_would_draw_noise_is_refused(wrong: dict[str, float]) -> None:
+    """No step at all, or a guidance that is no number from 0 on, is refused before anything is made."""
+    with pytest.raises(Misconfigured):
+        Sampling(**wrong)  # type: ignore[arg-type]
+
+
+def test_what_cannot_be_loaded_is_said(tmp_path: Path) -> None:
+    """A device that is not there, and a file that is no adapter of this generator, are said in a sentence."""
+    makes = tiny()
+    makes.save(tmp_path)
+    with pytest.raises(Misconfigured, match="gpu"):
+        Generator.load(str(tmp_path), device="gpu")
+    with pytest.raises(Misconfigured, match="no adapter"):
+        Generator.load(tmp_path, adapter=tmp_path / generator.FLOW)
+    notes = {"rank": 8, "vocabulary": [[n, list(w)] for n, w in VOCABULARY.names.items()]}
+    checkpoint.write(tmp_path / "other.safetensors", {"a": torch.zeros(1)}, notes)
+    with pytest.raises(Misconfigured, match="another generator"):
+        Generator.load(tmp_path, adapter=tmp_path / "other.safetensors")
 
 
 def test_a_folder_without_a_card_is_no_generator(tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ def test_images_come_and_are_taken_away(phil: Browser, practice: Practice) -> No
         for each in labels:
             image, mask = (np.asarray(Image.open(io.BytesIO(package.read(each[kind])))) for kind in ("image", "mask"))
             assert image.shape == mask.shape
-            assert set(np.unique(mask)) <= {0, 255}
+            assert set(np.unique(mask)) <= {0, 255} and each["lesion"] == bool(mask.any())
         first = Image.open(io.BytesIO(package.read("images/01.png")))
     assert np.array_equal(np.asarray(first), np.asarray(shown))
     assert answer.content == phil.get(f"/laboratory/runs/{ref}.zip").content

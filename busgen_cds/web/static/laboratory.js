@@ -133,7 +133,8 @@ function picture(ref, number, facts) {
   mask.alt = "";
   mask.className = "mask";
   const caption = document.createElement("figcaption");
-  caption.textContent = [`${number}`, facts.pathology, facts.birads && `category ${facts.birads}`, facts.device].filter(Boolean).join(" · ");
+  const without = facts.pathology !== "normal" && !facts.lesion && "no lesion came: have it made again, or draw a larger box";
+  caption.textContent = [`${number}`, facts.pathology, facts.birads && `category ${facts.birads}`, facts.device, without].filter(Boolean).join(" · ");
   box.append(image, mask, caption);
   return box;
 }
