@@ -114,11 +114,10 @@ def _parts(what: str) -> Callable[[int, int], None]:
     return lambda done, total: console.print(f"{what} {done}/{total}")
 
 
-def _gate(folder: Path | None) -> Filter | None:
+def _gate(folder: Path | None, adapter: Path | None = None) -> Filter | None:
     from busgen_cds.learning import generator, release
 
-    path = (folder or generator.SHIPPED) / release.FILE
-    return release.load(path) if path.exists() else None
+    return release.of(folder or generator.SHIPPED, adapter)
 
 
 @app.command()
@@ -167,10 +166,13 @@ def generate(
             open_generator(generator, adapter),
             out,
             settings,
-            _gate(generator),
+            None if unfiltered else _gate(generator, adapter),
             lambda done, total: progress.update(bar, completed=done, total=total),
         )
-    console.print(f"{made.released} images in {out}; {made.dropped} of {made.made} were too near to a training image.")
+    console.print(
+        f"{made.released} images in {out}; of {made.made} made, {made.dropped} were too near to a training image, and"
+        f" {made.empty} did not show the lesion that was asked for."
+    )
 
 
 def _pairs(texts: list[str]) -> list[tuple[str, str]]:
@@ -198,7 +200,14 @@ def fewshot(
     settings = recipe.Settings(shots=shots, rank=rank, seed=seed, steps=steps)
     source = recipe.read_task(task)
     path = recipe.adapt(
-        open_generator(generator), data_root(data), source, out, settings, cache, _steps("adapter", steps)
+        open_generator(generator),
+        data_root(data),
+        source,
+        out,
+        settings,
+        cache,
+        _steps("adapter", steps),
+        _gate(generator),
     )
     console.print(f"Adapter: {path} ({path.stat().st_size / 1e6:.1f} MB); its card: {path.with_name(recipe.CARD)}")
 

@@ -39,6 +39,13 @@ def write(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -
         raise Misconfigured(f"The checkpoint could not be saved ({error.strerror}); {kept}. Make room.") from error
 
 
+def write_text(path: Path, text: str) -> None:
+    """Whole or not at all, also where the processes of one run write the same text at once."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and notes of a checkpoint."""
     try:

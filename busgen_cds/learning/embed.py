@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from busgen_cds import pixels
 from busgen_cds.errors import Misconfigured
-from busgen_cds.learning import checkpoint
+from busgen_cds.learning import checkpoint, data
 from busgen_cds.learning.autoencoder import Autoencoder
 from busgen_cds.learning.encoders import Encoder
 from busgen_cds.learning.reader import Reader, Reading, Shape
@@ -167,6 +167,8 @@ def for_fidelity(init: Path | None, reader_run: Path | None, inception_file: Pat
     if init is not None:
         found["imagenet"] = imagenet(init)
     if reader_run is not None:
+        if data.GENERATED in checkpoint.sources(checkpoint.read_run(reader_run)[1]):
+            raise Misconfigured(f"{reader_run} has learnt from generated images and cannot judge how real they are.")
         found["reader"] = reader(reader_run)
     if inception_file is not None:
         found["inception"] = inception(inception_file)

@@ -65,8 +65,8 @@ def draw_times(count: int, generator: torch.Generator, mean: float = 0.0, spread
 
 def schedule(steps: int, start: float = 1.0, shift: float = 1.0) -> Tensor:
     """Times from `start` down to 0; a shift above 1 spends more of the steps near the noise."""
-    t = torch.linspace(start, 0, steps + 1)
-    return shift * t / (1 + (shift - 1) * t)
+    t = torch.linspace(1, 0, steps + 1)
+    return start * shift * t / (1 + (shift - 1) * t)
 
 
 def guided(conditional: Velocity, unconditional: Velocity, scale: float, low: float, high: float) -> Velocity:

@@ -14,6 +14,7 @@ BUSGen (Yu et al. 2026, 10.1038/s41551-026-01639-1).
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -177,6 +178,15 @@ class Generator:
         checkpoint.write(folder / AUTOENCODER, _half(self.coder.state_dict()), {})
         checkpoint.write(folder / FLOW, _half(self.network.state_dict()), {})
         (folder / CARD).write_text(self.card.to_json(), encoding="utf-8")
+
+    @property
+    def digest(self) -> str:
+        """Names the weights, an adapter's included."""
+        name = hashlib.sha256()
+        for part in (self.coder, self.network):
+            for key, tensor in sorted(part.state_dict().items()):
+                name.update(key.encode() + tensor.cpu().contiguous().numpy().tobytes())
+        return name.hexdigest()
 
     # Asking
 

@@ -2,13 +2,16 @@
 
 Rules:
 - "Too near" is nearer than the nearest hundredth of held-out patients' images lie to the training images.
-- A training image counts mirrored as well.
+- A training image counts in every view that the generator learns from, and each view mirrored as well: a copy of a
+  close-up lies far from the whole.
+- An adapter's filter is its generator's, with the adapter's own images.
 - What is kept of the training images is a projection of their latents to a few numbers, from which no image comes
   back; the filter travels with the generator, so that who has no training data releases safely too.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -39,6 +42,10 @@ class Filter:
     def passes(self, vectors: Vectors) -> NDArray[np.bool_]:
         return self.distance(vectors) >= self.threshold
 
+    def including(self, vectors: Vectors) -> Filter:
+        """The same filter, to which these images are training images too."""
+        return dataclasses.replace(self, points=np.concatenate([self.points, (vectors - self.mean) @ self.axes]))
+
     def save(self, path: Path) -> None:
         tensors = {"mean": self.mean, "axes": self.axes, "points": self.points}
         half = {name: torch.from_numpy(np.asarray(array)).half() for name, array in tensors.items()}
@@ -46,16 +53,26 @@ class Filter:
 
 
 def build(embedding: Embedding, train: Squares, held_out: Squares) -> Filter:
-    """Learn the filter from training images and held-out patients' images."""
+    """Learn the filter from training images in all their views, and held-out patients' images."""
     if not len(held_out):
         raise Misconfigured("The release filter needs held-out images to know how near is too near.")
-    vectors = np.concatenate([embedding(train), embedding(embed.mirrored(train))])
+    vectors = both_ways(embedding, train)
     mean = vectors.mean(0)
     _, _, rotation = np.linalg.svd(vectors - mean, full_matrices=False)
     axes = rotation[:DIMENSIONS].T
     points = (vectors - mean) @ axes
     away = embed.nearest((embedding(held_out) - mean) @ axes, points)[0]
     return Filter(mean, axes, points, float(np.percentile(away, PERCENTILE)))
+
+
+def both_ways(embedding: Embedding, images: Squares) -> Vectors:
+    return np.concatenate([embedding(images), embedding(embed.mirrored(images))])
+
+
+def of(generator: Path, adapter: Path | None = None) -> Filter | None:
+    """The filter beside a generator, or beside its adapter's file where there is one; None: it has none."""
+    path = (generator if adapter is None else adapter.parent) / FILE
+    return load(path) if path.exists() else None
 
 
 def load(path: Path) -> Filter:

@@ -62,7 +62,7 @@ class Studio:
         """Pictures as they come; None for one that was dropped."""
         with self._lock:
             makes = self._open()
-            gate = self._gate()
+            gate = release.of(self.folder)
             judge = embed.latent(makes.coder)
             for number in range(count):
                 sample = makes.sample(1, first=number, seed=seed, sampling=self._sampling, tell=tell, **_said(asked))[0]
@@ -73,10 +73,6 @@ class Studio:
         if self._opened is None:
             self._opened = Generator.load(self.folder)
         return self._opened
-
-    def _gate(self) -> release.Filter | None:
-        path = self.folder / release.FILE
-        return release.load(path) if path.exists() else None
 
 
 def _said(asked: Mapping[str, Any]) -> dict[str, Any]:

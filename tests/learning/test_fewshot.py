@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from busgen_cds.errors import Misconfigured
-from busgen_cds.learning import checkpoint, data
+from busgen_cds.learning import checkpoint, data, embed, release
 from busgen_cds.learning.generator import Generator, Sampling
 from busgen_cds.learning.reader import Reader, Shape
 from busgen_cds.learning.recipes import adapt_reader, fewshot, shots, train_reader
 from busgen_cds.learning.recipes.fewshot import Settings
-from tests.learning.generators import data_folder, tiny
+from tests.learning.generators import SIZE, data_folder, tiny
 
 TASKS = Path(__file__).parents[2] / "busgen_cds" / "tasks"
 TASK = """
@@ -69,6 +69,19 @@ def test_an_adapter_says_who_taught_it(root: Path, tmp_path: Path) -> None:
     chosen = fewshot.choose(rows, few, 8, 3)
     taught = fewshot.learnt_from(path, rows, few)
     assert len(taught) == 6 and {r.image for r in taught} < {r.image for r in chosen}
+
+
+def test_an_adapter_has_a_filter_that_knows_its_shots(root: Path, tmp_path: Path) -> None:
+    """A copy of a shot, which the generator's own filter lets through, is dropped by the filter beside the adapter."""
+    none = release.Filter(*(np.zeros(shape, np.float32) for shape in ((512,), (512, 64), (1, 64))), 0.01)
+    gate = dataclasses.replace(none, axes=np.eye(512, 64, dtype=np.float32))
+    few = task(tmp_path)
+    path = fewshot.adapt(tiny(), root, few, tmp_path / "out", QUICK, gate=gate)
+    own = release.of(tmp_path, path)
+    shots = data.load(root, fewshot.choose(data.read_manifest(root), few, 8, QUICK.seed), None, SIZE)
+    vectors = embed.latent(tiny().coder)(shots.image)
+    assert gate.passes(vectors).all() and own is not None and not own.passes(vectors).any()
+    assert release.of(tmp_path) is None
 
 
 def test_an_adapter_that_gained_nothing_changes_nothing(root: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from busgen_cds.errors import Misconfigured
-from busgen_cds.learning import data, embed, fidelity
+from busgen_cds.learning import checkpoint, data, embed, fidelity
 from busgen_cds.learning.fidelity import Judging
 from busgen_cds.learning.recipes import cost, fidelity_report, segmentation, synthesise, value
 from busgen_cds.learning.recipes.value import Arm, Run, Settings
@@ -78,6 +78,15 @@ def test_an_inception_network_of_the_user_s_is_one_more_encoder(tmp_path: Path) 
         embed.inception(tmp_path / "text.pt")
 
 
+def test_who_has_seen_generated_images_does_not_judge_them(tmp_path: Path) -> None:
+    """A reader that learnt from generated images, itself or where it began, is no encoder of fidelity."""
+    own, before = {"sources": ["busi", "synthetic"]}, {"sources": ["busi"]}
+    for notes in ({"settings": own}, {"settings": before, "before": ["synthetic"]}):
+        checkpoint.write(tmp_path / "run.safetensors", {"average.x": torch.zeros(1)}, notes)
+        with pytest.raises(Misconfigured, match="cannot judge"):
+            embed.for_fidelity(None, tmp_path / "run.safetensors", None)
+
+
 # The judge
 
 
@@ -112,6 +121,17 @@ def test_a_page_says_what_was_not_measured(tmp_path: Path) -> None:
     }
     text = fidelity_report.write(found, tmp_path).read_text()
     assert "not measured" in text and "concludes nothing" in text
+
+
+def test_a_lesion_without_an_outline_agrees_with_nothing(tmp_path: Path) -> None:
+    """Of two lesions asked for, one came with its outline: the agreement is a half, not the whole of the one."""
+    Image.fromarray(np.full((SIZE, SIZE), 255, np.uint8)).save(tmp_path / "mask.png")
+    labels = [{"pathology": "benign", "mask": mask} for mask in ("mask.png", "")] + [
+        {"pathology": "normal", "mask": ""}
+    ]
+    everything = lambda images: np.ones(images.shape, np.bool_)  # noqa: E731
+    found = fidelity_report.agreement(tmp_path, labels, speckle(3, 0), everything)
+    assert found is not None and found["images"] == 2 and found["dice"]["value"] == 0.5
 
 
 def test_the_picture_shows_nobody(tmp_path: Path) -> None:

@@ -76,6 +76,7 @@ def test_a_schedule_goes_from_its_start_to_zero() -> None:
     """A schedule falls from its start to zero; a shift keeps the whole path's ends."""
     assert flow.schedule(25).tolist()[0] == 1 and flow.schedule(25, shift=3).tolist()[-1] == 0
     assert flow.schedule(4, start=0.3).tolist()[0] == torch.tensor(0.3)
+    assert flow.schedule(4, start=0.25, shift=3).tolist()[0] == 0.25  # where the noise that was mixed in begins
     assert bool((flow.schedule(25, shift=3).diff() < 0).all())
 
 

@@ -248,6 +248,12 @@ def test_the_bandwidth_is_the_one_that_explains_others_boxes() -> None:
     assert best > conditions.log_likelihood(known, other, 0.001)  # the replay that must not be
 
 
+def test_without_held_out_boxes_the_prior_is_wide() -> None:
+    """Training boxes are not asked how well they explain themselves: that would choose the narrowest, a replay."""
+    prior = conditions.fit_boxes({"benign": some_boxes(40)}, {})
+    assert prior.bandwidth["benign"] == conditions.UNTOLD > conditions.BANDWIDTHS[2]
+
+
 def test_an_image_s_shape_is_drawn_between_its_device_s() -> None:
     """A region's shape comes from its device's, or from all where the device is not known."""
     regions = conditions.fit_regions({"A": [1.3, 1.4], "B": [0.7, 0.8]})

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +15,7 @@ import pytest
 import torch
 
 from busgen_cds.errors import Misconfigured
-from busgen_cds.learning import conditions, networks, processes, questions
+from busgen_cds.learning import checkpoint, conditions, networks, processes, questions
 from busgen_cds.learning.conditions import Vocabulary
 from busgen_cds.learning.generator import Generator, Sampling
 from busgen_cds.learning.recipes import autoencode, encode, pretrain
@@ -182,6 +184,25 @@ def test_encoding_goes_on_with_what_is_missing(made: Path, tmp_path: Path) -> No
     encode.encode(made / "data", coder, target, ENCODING)
     assert {path.name: path.read_bytes() for path in target.iterdir()} == first
     assert (target / "train-000001.tar").stat().st_mtime_ns == kept
+
+
+def test_latents_of_another_making_are_not_gone_on_with(made: Path, tmp_path: Path) -> None:
+    """Shards that other settings or another autoencoder made are refused, not mixed with new ones."""
+    target = shutil.copytree(made / "shards", tmp_path / "shards")
+    coder = made / "ae" / autoencode.WEIGHTS
+    with pytest.raises(Misconfigured, match="made otherwise"):
+        encode.encode(made / "data", coder, target, dataclasses.replace(ENCODING, views=5))
+    tensors, notes = checkpoint.read(coder)
+    checkpoint.write(tmp_path / "other.safetensors", {name: t + 1 for name, t in tensors.items()}, notes)
+    with pytest.raises(Misconfigured, match="made otherwise"):
+        encode.encode(made / "data", tmp_path / "other.safetensors", target, ENCODING)
+
+
+def test_the_priors_hold_so_many_boxes_and_no_more(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of millions of images, a bounded number of boxes and shapes is kept: the generator's card stays small."""
+    monkeypatch.setattr(pretrain, "MOST_KEPT", 5)
+    boxes, aspects = pretrain.priors(encode.read_index(made / "shards"), "train")
+    assert {len(each) for each in (*boxes.values(), *aspects.values())} == {5} and set(boxes) == {"benign", "malignant"}
 
 
 def test_every_image_is_seen_once_in_an_epoch(made: Path) -> None:

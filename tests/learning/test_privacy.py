@@ -172,4 +172,4 @@ def test_an_audit_reads_what_was_generated(tmp_path: Path) -> None:
     report = audit.audit(makes, "tiny", root, tmp_path / "made", {"pixels": embed.raw}, settings)
     assert (report.members, report.strangers, report.generated, report.made) == (16, 8, 4, 4)
     gate = audit.build_filter(makes, root)
-    assert gate.points.shape[0] == 32 and gate.threshold > 0
+    assert gate.points.shape[0] == 2 * (10 * 4 + 6 * 12) and gate.threshold > 0  # every view, both ways

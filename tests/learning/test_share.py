@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from PIL import Image
 
@@ -15,19 +20,27 @@ from busgen_cds import signing
 from busgen_cds.errors import Misconfigured, Untrusted
 from busgen_cds.learning import data, embed, privacy, release
 from busgen_cds.learning.figures import Interval
-from busgen_cds.learning.generator import Sampling
-from busgen_cds.learning.recipes import share, synthesise
+from busgen_cds.learning.generator import Generator, Sample, Sampling, Wish
+from busgen_cds.learning.recipes import audit, encode, share, synthesise
 from busgen_cds.learning.recipes.synthesise import Settings
-from tests.learning.generators import SIZE, tiny
+from tests.learning.generators import SIZE, data_folder, tiny
 
 SIX = Settings(count=6, shard=4, batch=4, filtered=False, sampling=Sampling(steps=2))
+NOTHING = release.Filter(*(np.zeros(shape, np.float32) for shape in ((512,), (512, 1), (1, 1))), 0.0)  # is too near
 TERMS = share.Terms("test-package", "1", "a test", "2026-01-01")
 
 
 @pytest.fixture(scope="module")
 def six(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("six")
-    assert synthesise.generate(tiny(), out, SIX, None) == (6, 6)
+    assert synthesise.generate(tiny(), out, SIX, None) == (6, 6, 0)
+    return out
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("released")
+    synthesise.generate(tiny(), out, dataclasses.replace(SIX, filtered=True), NOTHING)
     return out
 
 
@@ -64,6 +77,54 @@ def test_a_folder_answers_one_question(six: Path) -> None:
     """Images that were asked for otherwise are not mixed into a folder."""
     with pytest.raises(Misconfigured, match="asked for otherwise"):
         synthesise.generate(tiny(), six, Settings(**{**vars(SIX), "seed": 5}), None)
+
+
+def test_a_run_that_is_asked_for_more_has_them_all(six: Path, tmp_path: Path) -> None:
+    """Three images, then six in the same folder: the shard that ended early is filled, not taken for full."""
+    synthesise.generate(tiny(), tmp_path, dataclasses.replace(SIX, count=3), None)
+    assert synthesise.generate(tiny(), tmp_path, SIX, None).released == 6
+    assert [row.image for row in data.read_manifest(tmp_path)] == [row.image for row in data.read_manifest(six)]
+
+
+def test_a_folder_holds_one_generator_s_images(six: Path, tmp_path: Path) -> None:
+    """A run is not gone on with by another generator; a folder from before its name was kept is."""
+    folder = shutil.copytree(six, tmp_path / "six")
+    with pytest.raises(Misconfigured, match="another generator"):
+        synthesise.generate(tiny(seed=1), folder, SIX, None)
+    question = json.loads((folder / synthesise.QUESTION).read_text())
+    del question["generator"]
+    (folder / synthesise.QUESTION).write_text(json.dumps(question))
+    assert synthesise.generate(tiny(), folder, SIX, None).released == 6
+
+
+def test_a_lesion_that_did_not_come_is_no_lesion(tmp_path: Path) -> None:
+    """An image asked for as benign in which nothing is outlined is not released under that label; it is counted."""
+    makes = tiny()
+
+    class Forgetful(Generator):
+        def grant(self, wishes: Sequence[Wish], *rest: Any, **more: Any) -> list[Sample]:
+            made = super().grant(wishes, *rest, **more)
+            return [dataclasses.replace(m, mask=m.mask & (m.index != 2)) for m in made]
+
+    forgets = Forgetful(makes.card, makes.coder, makes.network)
+    counts = synthesise.generate(forgets, tmp_path, dataclasses.replace(SIX, count=4), None)
+    assert (counts.released, counts.empty, counts.dropped) == (4, 1, 0) and counts.made == 5
+    assert all(row.mask for row in data.read_manifest(tmp_path))
+
+
+def test_the_filter_knows_close_ups_and_shots(tmp_path: Path) -> None:
+    """A copy of a close-up that was learnt is dropped, and so is a copy of a shot that only the adapter saw."""
+    makes, root = tiny(), data_folder(tmp_path / "data", patients=24)
+    makes.card = dataclasses.replace(makes.card, trained_on=("painted",))
+    makes.coder.begin_linear(torch.rand(4, 1, SIZE, SIZE))
+    judge, gate = embed.latent(makes.coder), audit.build_filter(makes, root)
+    rows = [row for row in data.read_manifest(root) if row.split == "train" and row.lesion]
+    seen = encode.views(root, rows, encode.Settings(size=SIZE))
+    close = np.stack([made[2].image for _, made in seen])
+    assert not gate.passes(judge(close)).any()
+    shot = np.random.default_rng(0).integers(0, 255, (1, SIZE, SIZE)).astype(np.uint8)
+    own = gate.including(release.both_ways(judge, shot))
+    assert gate.passes(judge(shot)).all() and not own.passes(judge(embed.mirrored(shot))).any()
 
 
 def test_device_tells_nothing_of_the_class() -> None:
@@ -127,9 +188,9 @@ def trusted() -> signing.Verifier:
 
 
 @pytest.fixture
-def package(six: Path, tmp_path: Path) -> Path:
+def package(released: Path, tmp_path: Path) -> Path:
     return share.package(
-        six, report(tmp_path), tmp_path / "package", TERMS, signer(), lambda made: b"DICM" + made.image.tobytes()
+        released, report(tmp_path), tmp_path / "package", TERMS, signer(), lambda made: b"DICM" + made.image.tobytes()
     )
 
 
@@ -179,6 +240,12 @@ def test_the_card_says_what_the_report_says(package: Path, six: Path, tmp_path: 
     silent["holds"] = False
     text = share.card([], silent, {"made": 6, "dropped": 0}, TERMS)
     assert "does NOT hold" in text and "not measured" in text and "concludes nothing" in text
+
+
+def test_what_was_not_filtered_is_not_shared(six: Path, tmp_path: Path) -> None:
+    """Images made for a measurement, without the release filter, stay where they are."""
+    with pytest.raises(Misconfigured, match="without the release filter"):
+        share.package(six, report(tmp_path), tmp_path / "out", TERMS, signer())
 
 
 def test_only_generated_images_are_shared(six: Path, tmp_path: Path) -> None:

@@ -89,7 +89,8 @@ def adapt_generator(run: Path, settings: Settings) -> str:
     how = dataclasses.replace(settings.adapter, shots=min(len(shots), fewshot.MOST))
     torch.set_num_threads(settings.threads)
     try:
-        fewshot.adapt(Generator.load(settings.generator), run / SHOTS, _task(), run / ADAPTER, how)
+        makes, gate = Generator.load(settings.generator), release.of(settings.generator)
+        fewshot.adapt(makes, run / SHOTS, _task(), run / ADAPTER, how, gate=gate)
     except Misconfigured as why:
         return _skip(run, f"the generator was not adapted: {why}")
     return ""
@@ -112,17 +113,17 @@ def generate(run: Path, settings: Settings) -> str:
     """Images of the adapted generator; each passes the release filter, where the generator has one."""
     if settings.generator is None or _skipped(run):
         return ""
-    gate = settings.generator / release.FILE
+    adapter = run / ADAPTER / ADAPTER_FILE
+    gate = release.of(settings.generator, adapter) or release.of(settings.generator)
     rows = data.read_manifest(run / CASES)
     how = synthesise.Settings(
         count=settings.generated,
         devices=tuple(sorted({r.labels.get("device", "") for r in rows} - {""})),
-        filtered=gate.exists(),
+        filtered=gate is not None,
         shard=32,
     )
     torch.set_num_threads(settings.threads)
-    makes = Generator.load(settings.generator, adapter=run / ADAPTER / ADAPTER_FILE)
-    synthesise.generate(makes, run / IMAGES, how, release.load(gate) if gate.exists() else None)
+    synthesise.generate(Generator.load(settings.generator, adapter=adapter), run / IMAGES, how, gate)
     return ""
 
 

@@ -63,7 +63,7 @@ def audit(
     suspect = Suspect(name, makes, known, unknown, images)
     tell(f"{len(known)} members, {len(unknown)} strangers, {len(images)} generated")
     control = overtrained(suspect, settings, tell) if settings.control_steps else None
-    counts = synthesise.join(generated, len(list(generated.glob("shard-*/labels.csv"))))
+    counts = synthesise.read_counts(generated)
     return privacy.audit(suspect, control, embeddings, counts.made, counts.dropped)
 
 
@@ -147,7 +147,10 @@ def _asked_again(makes: Generator, known: Seen, settings: Settings) -> embed.Squ
 
 
 def build_filter(makes: Generator, root: Path, cache: Path | None = None) -> release.Filter:
-    """The release filter of a generator, from all images it learnt from."""
+    """The release filter of a generator, from all images it learnt from, in every view."""
     rows = [row for row in data.read_manifest(root) if row.source in makes.card.trained_on]
-    train, val = (data.load(root, [r for r in rows if r.split == s], cache, makes.card.size) for s in ("train", "val"))
-    return release.build(embed.latent(makes.coder), train.image, val.image)
+    how = encode.Settings(size=makes.card.size)
+    learnt = encode.views(root, [r for r in rows if r.split == "train"], how, cache=cache)
+    train = np.stack([view.image for _, made in learnt for view in made])
+    val = data.load(root, [r for r in rows if r.split == "val"], cache, makes.card.size)
+    return release.build(embed.latent(makes.coder), train, val.image)

@@ -5,6 +5,7 @@ Rules:
 - Rows are spread over the shards by their file names' digest: every shard is a fair sample.
 - Views of an image: as it is, mirrored, and close-ups that keep the lesion and the skin's side up.
 - No patient, date or file name enters a shard.
+- A folder holds the work of one autoencoder with one set of settings.
 
 Under `torchrun` every process encodes its share of the shards; a run that was stopped goes on with what is missing.
 """
@@ -24,15 +25,16 @@ import torch
 import webdataset
 from numpy.typing import NDArray
 
-from busgen_cds import pixels
+from busgen_cds import pixels, signing
 from busgen_cds.errors import Misconfigured
-from busgen_cds.learning import conditions, data, processes
+from busgen_cds.learning import checkpoint, conditions, data, processes
 from busgen_cds.learning.autoencoder import Autoencoder
 from busgen_cds.learning.conditions import Box
-from busgen_cds.learning.recipes.autoencode import read_coder
+from busgen_cds.learning.recipes.autoencode import describe, read_coder
 from busgen_cds.pixels import Placement
 
 INDEX = "index.json"
+WORK = "work.json"
 LABELS = ("pathology", "birads", "device")
 
 
@@ -70,16 +72,24 @@ def encode(
         rows = [row for row in data.read_manifest(root) if row.source in settings.sources]
         parts = [(split, i, part) for split in splits for i, part in enumerate(spread(rows, split, settings.shard))]
         out.mkdir(parents=True, exist_ok=True)
+        _same_work(out / WORK, {**describe(settings), "autoencoder": signing.digest(coder.read_bytes())})
         for done, (split, i, part) in enumerate(parts[team.rank :: team.world]):
             path = out / f"{split}-{i:06d}.tar"
             if not path.exists():
-                write(path, _samples(root, part, network, settings, views=split == "train"))
+                write(path, _samples(root, part, network, settings, split == "train"))
             tell(done + 1, len(parts) // team.world)
         if team.world > 1:
             torch.distributed.barrier()
         if team.leads:
             _write_index(out, parts, settings)
     return out / INDEX
+
+
+def _same_work(path: Path, asked: dict[str, Any]) -> None:
+    """Latents of another autoencoder, or other views, are not gone on with."""
+    if path.exists() and json.loads(path.read_text(encoding="utf-8")) != asked:
+        raise Misconfigured(f"{path.parent} holds latents that were made otherwise (see {path.name}): take another.")
+    checkpoint.write_text(path, json.dumps(asked, indent=1))
 
 
 def spread(rows: Sequence[data.Row], split: str, size: int) -> list[list[data.Row]]:
@@ -94,17 +104,24 @@ def count_of(rows: Sequence[data.Row], settings: Settings, views: bool) -> int:
     return sum(1 if not views else settings.views if row.lesion else settings.normal_views for row in rows)
 
 
+def views(
+    root: Path, rows: Sequence[data.Row], settings: Settings, all_views: bool = True, cache: Path | None = None
+) -> Iterator[tuple[data.Row, list[View]]]:
+    """Each row's pictures as the flow learns from them; the whole image alone unless all are asked for."""
+    whole = data.load(root, rows, cache, settings.size)
+    double = data.load(root, rows, cache, 2 * settings.size) if all_views else whole
+    for i, row in enumerate(rows):
+        rng = np.random.default_rng((settings.seed, int.from_bytes(hashlib.sha256(row.image.encode()).digest()[:4])))
+        count = count_of([row], settings, all_views)
+        yield row, [view(whole, double, i, k, settings, rng) for k in range(count)]
+
+
 def _samples(
-    root: Path, rows: Sequence[data.Row], coder: Autoencoder, settings: Settings, views: bool
+    root: Path, rows: Sequence[data.Row], coder: Autoencoder, settings: Settings, all_views: bool
 ) -> Iterator[dict[str, Any]]:
-    whole = data.load(root, rows, None, settings.size)
-    double = data.load(root, rows, None, 2 * settings.size) if views else whole
     device = next(coder.parameters()).device
     number = 0
-    for i, row in enumerate(rows):
-        count = count_of([row], settings, views)
-        rng = np.random.default_rng((settings.seed, int.from_bytes(hashlib.sha256(row.image.encode()).digest()[:4])))
-        made = [view(whole, double, i, k, settings, rng) for k in range(count)]
+    for row, made in views(root, rows, settings, all_views):
         stack = torch.from_numpy(np.stack([v.image for v in made]))[:, None].to(device).float() / 127.5 - 1
         with torch.inference_mode():
             latents = coder.encode(stack).cpu().half().numpy()

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from busgen_cds.errors import Misconfigured
-from busgen_cds.learning import checkpoint, conditions, data, networks, questions, tasks
+from busgen_cds.learning import checkpoint, conditions, data, embed, networks, questions, release, tasks
 from busgen_cds.learning.conditions import Box, Vocabulary
 from busgen_cds.learning.generator import ADAPTER, Generator
 from busgen_cds.learning.questions import Odds, Question
@@ -141,16 +141,18 @@ def adapt(
     settings: Settings,
     cache: Path | None = None,
     tell: Callable[[Report], None] = lambda report: None,
+    gate: release.Filter | None = None,
 ) -> Path:
-    """Train an adapter; returns its file."""
+    """Train an adapter; returns its file. `gate`: the generator's release filter, to which the shots are added."""
     # Set up.
     shots = choose(data.read_manifest(root), source, settings.shots, settings.seed)
     teach, judge = parted(shots, settings.held_out, settings.seed)
     vocabulary = wider(makes.card.vocabulary, source, shots)
     makes.network.conditions.grow(vocabulary)
     network = networks.adapt(makes.network, settings.rank)
-    lessons = encoded(makes, root, teach, vocabulary, settings, cache)
-    judges = _judges(encoded(makes, root, judge, vocabulary, settings, cache), vocabulary, makes, settings)
+    taught, judged = (views(makes, root, rows, settings, cache) for rows in (teach, judge))
+    lessons = encoded(makes, teach, taught, vocabulary)
+    judges = _judges(encoded(makes, judge, judged, vocabulary), vocabulary, makes, settings)
     free = [p for p in network.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(free, settings.rate, betas=(0.9, 0.99))
     best, since = held_out(makes, judges), 0
@@ -173,6 +175,9 @@ def adapt(
             break
 
     # Keep.
+    if gate is not None:
+        seen = np.stack([view.image for shown in (*taught, *judged) for view in shown])
+        gate.including(release.both_ways(embed.latent(makes.coder), seen)).save(out / release.FILE)
     networks.load_adapter_weights(network, kept)
     told = {"steps": step, "held_out_before": start, "held_out": best, "shots": len(shots)}
     notes = _notes(makes, vocabulary, lessons, source, settings, told)
@@ -191,27 +196,28 @@ def wider(vocabulary: Vocabulary, source: Source, shots: Sequence[data.Row]) -> 
     return vocabulary
 
 
-def encoded(
-    makes: Generator,
-    root: Path,
-    rows: Sequence[data.Row],
-    vocabulary: Vocabulary,
-    settings: Settings,
-    cache: Path | None,
-) -> list[encode.Encoded]:
-    """The shots as the flow's training sees images, in several views."""
+def views(
+    makes: Generator, root: Path, rows: Sequence[data.Row], settings: Settings, cache: Path | None
+) -> list[list[encode.View]]:
+    """Each shot in several views."""
     size = makes.card.size
     whole, double = data.load(root, rows, cache, size), data.load(root, rows, cache, 2 * size)
     how = encode.Settings(size=size, views=settings.views, seed=settings.seed)
+    draws = [np.random.default_rng((settings.seed, i)) for i in range(len(rows))]
+    return [[encode.view(whole, double, i, k, how, rng) for k in range(settings.views)] for i, rng in enumerate(draws)]
+
+
+def encoded(
+    makes: Generator, rows: Sequence[data.Row], shown: Sequence[Sequence[encode.View]], vocabulary: Vocabulary
+) -> list[encode.Encoded]:
+    """The shots as the flow's training sees images."""
     made = []
-    for i, row in enumerate(rows):
-        rng = np.random.default_rng((settings.seed, i))
-        views = [encode.view(whole, double, i, k, how, rng) for k in range(settings.views)]
-        stack = torch.from_numpy(np.stack([v.image for v in views]))[:, None].to(makes.device).float() / 127.5 - 1
+    for row, seen in zip(rows, shown, strict=True):
+        stack = torch.from_numpy(np.stack([v.image for v in seen]))[:, None].to(makes.device).float() / 127.5 - 1
         with torch.inference_mode():
             latents = makes.coder.encode(stack).cpu().half().numpy()
         labels = {name: row.labels.get(name) or None for name in vocabulary.names}
-        for view, latent in zip(views, latents, strict=True):
+        for view, latent in zip(seen, latents, strict=True):
             outline = conditions.outline_planes(view.mask).half().numpy()
             box = conditions.box_of(view.mask, view.placement)
             place = view.placement
@@ -285,7 +291,7 @@ def _notes(
         "rank": settings.rank,
         "vocabulary": [[name, list(labels)] for name, labels in vocabulary.names.items()],
         "boxes": {name: np.array(b).round(4).tolist() for name, b in boxes.items()},
-        "bandwidth": dict.fromkeys(boxes, 0.35),
+        "bandwidth": dict.fromkeys(boxes, conditions.UNTOLD),
         "regions": {name: list(q) for name, q in regions.items() if name},
         "task": source.task.name,
         "surrogate": source.surrogate,

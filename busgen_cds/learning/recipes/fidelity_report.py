@@ -60,7 +60,8 @@ def measure(
     found["distances"] = fidelity.compare(real.image, real.patients, made, embeddings)
     busi = [r for r in data.read_manifest(root) if r.source == "busi" and r.lesion and r.split != "excluded"]
     if busi and "busi" in makes.card.trained_on:
-        wen = data.load(root, busi[: settings.images], cache, size)
+        chosen = np.random.default_rng(0).permutation(len(busi))[: settings.images]  # the list begins with one class
+        wen = data.load(root, [busi[i] for i in sorted(chosen)], cache, size)
         found["distances, BUSI as Wen counts it"] = fidelity.compare(wen.image, wen.patients, made, embeddings)
     tell("the judge")
     found["judge"] = judged(makes, real, made, init, settings)
@@ -109,15 +110,15 @@ def agreement(
     """Dice between the mask that came with an image and what a segmenter of real lesions sees in it."""
     if segment is None:
         return None
-    keep = [i for i, row in enumerate(labels) if row["mask"]]
-    drawn = []
-    for i in keep:
-        with Image.open(generated / labels[i]["mask"]) as mask:
-            drawn.append(np.asarray(mask.convert("L")))
-    masks = embed.squares(drawn, made.shape[-1]) > 127
-    dice = figures.dice(segment(made[keep]), masks)
-    names = np.array([str(i) for i in keep])
-    return {"dice": figures.mean_interval(dice, names)._asdict(), "images": len(keep)}
+    asked = [i for i, row in enumerate(labels) if row["pathology"] != "normal"]
+    masks = np.zeros((len(asked), *made.shape[1:]), np.bool_)  # a lesion without an outline agrees with nothing
+    for k, i in enumerate(asked):
+        if labels[i]["mask"]:
+            with Image.open(generated / labels[i]["mask"]) as mask:
+                masks[k] = embed.squares([np.asarray(mask.convert("L"))], made.shape[-1])[0] > 127
+    dice = np.where(masks.any((1, 2)), figures.dice(segment(made[asked]), masks), 0.0)
+    names = np.array([str(i) for i in asked])
+    return {"dice": figures.mean_interval(dice, names)._asdict(), "images": len(asked)}
 
 
 def segmenter(run: Path) -> Callable[[Squares], NDArray[np.bool_]]:

@@ -37,6 +37,7 @@ from busgen_cds.learning.recipes.autoencode import describe, read_coder, same_se
 CHECKPOINT = "flow-run.safetensors"
 BEST = "flow-best.safetensors"
 RESULT = "generator"  # folder of the finished generator
+MOST_KEPT = 16_384  # boxes of one pathology, and shapes of one device, that make a prior: more tell it nothing
 
 
 @dataclass(frozen=True)
@@ -340,25 +341,27 @@ def finish(
     """Join the best weights, the autoencoder and the priors to a generator that can be asked."""
     tensors, notes = checkpoint.read(out / BEST)
     run.average.load_state_dict(tensors)
-    train = [image for path, _ in index.of("train") for image in encode.read(path)[:4096]]
-    val = [image for path, _ in index.of("val") for image in encode.read(path)]
-    boxes = conditions.fit_boxes(_boxes(train), _boxes(val))
-    regions = conditions.fit_regions(_aspects(train))
+    boxes, aspects = priors(index, "train")
+    fitted = conditions.fit_boxes(boxes, priors(index, "val")[0])
+    regions = conditions.fit_regions(aspects)
     told = {**describe(settings), "best_step": notes["step"], "held_out": notes["held_out"], "steps_done": run.step}
-    card = Card(index.size, coder.shape, settings.shape, vocabulary, boxes, regions, index.sources, told)
+    card = Card(index.size, coder.shape, settings.shape, vocabulary, fitted, regions, index.sources, told)
     Generator(card, coder, run.average, "cpu").save(out / RESULT)
 
 
-def _boxes(images: list[encode.Encoded]) -> dict[str, list[Box]]:
-    found: dict[str, list[Box]] = {}
-    for image in images:
-        if image.box is not None:
-            found.setdefault(image.labels["pathology"] or "", []).append(image.box)
-    return found
+def priors(index: encode.Index, split: str) -> tuple[dict[str, list[Box]], dict[str, list[float]]]:
+    """Boxes by pathology and heights over width by device: of the shards' first images, and nothing else of them."""
+    boxes: dict[str, list[Box]] = {}
+    aspects: dict[str, list[float]] = {}
+    for path, _ in index.of(split):
+        for image in encode.read(path):
+            if image.box is not None:
+                _keep(boxes, image.labels["pathology"] or "", image.box)
+            _keep(aspects, image.labels.get("device") or "", image.height / image.width)
+    return boxes, aspects
 
 
-def _aspects(images: list[encode.Encoded]) -> dict[str, list[float]]:
-    found: dict[str, list[float]] = {}
-    for image in images:
-        found.setdefault(image.labels.get("device") or "", []).append(image.height / image.width)
-    return found
+def _keep(kept: dict[str, list[Any]], name: str, value: Any) -> None:
+    values = kept.setdefault(name, [])
+    if len(values) < MOST_KEPT:
+        values.append(value)

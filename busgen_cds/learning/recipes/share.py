@@ -68,6 +68,8 @@ def package(
     if out.exists() and any(out.iterdir()):
         raise Misconfigured(f"{out} is not empty: a package is made once, in a folder of its own.")
     rows = _rows(generated)
+    if not synthesise.is_filtered(generated):
+        raise Misconfigured(f"{generated} was made without the release filter, for a measurement: it is not shared.")
     told = json.loads(_read(report, "the privacy report"))
     counts = json.loads(_read(generated / synthesise.SUMMARY, "the count of dropped images"))
     out.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,10 @@
 """Make any number of images with masks and labels, shard by shard; what is too near to a training image is dropped.
+So is an image in which the lesion that was asked for did not come: its label would say what it does not show.
 
 Rules:
 - A shard is a folder, complete or absent; a run that was stopped goes on with the shards that are missing, and every
-  image is what it would have been.
+  image is what it would have been. A run that is to hold more than before makes its last shard anew, to its full size.
+- A folder holds one generator's answer to one question.
 - Pathology follows the mix that was asked for, and device is drawn evenly whatever the pathology: what a scanner is
   must not tell what a lesion is.
 - The manifest is one that `train` reads; its source is "synthetic" and nobody is its patient.
@@ -24,11 +26,12 @@ import numpy as np
 from PIL import Image
 
 from busgen_cds.errors import Misconfigured
-from busgen_cds.learning import data, embed, processes, release
+from busgen_cds.learning import checkpoint, data, embed, processes, release
 from busgen_cds.learning.generator import Generator, Sample, Sampling, Wish
 
 MANIFEST = "manifest.csv"
 SUMMARY = "generated.json"
+QUESTION = "question.json"
 SOURCE = data.GENERATED
 STRIDE = 1 << 20  # candidates that one shard may draw from
 MOST_TRIES = 10  # images made for one released: beyond that the generator copies
@@ -56,10 +59,12 @@ class Settings:
 class Counts(NamedTuple):
     made: int
     released: int
+    empty: int = 0  # asked for with a lesion, made without
 
     @property
     def dropped(self) -> int:
-        return self.made - self.released
+        """Too near to a training image."""
+        return self.made - self.released - self.empty
 
 
 def generate(
@@ -72,27 +77,32 @@ def generate(
     """Make what is missing, then join the shards' lists to one manifest."""
     if settings.filtered and gate is None:
         raise Misconfigured(
-            "No release filter beside this generator: build one with `busgen-cds privacy --filter-only`,"
-            " or give --unfiltered for a measurement."
+            "No release filter beside this generator or its adapter: build one with `busgen-cds privacy --filter-only`,"
+            " then make the adapter anew with `busgen-cds fewshot`; or give --unfiltered for a measurement."
         )
     out.mkdir(parents=True, exist_ok=True)
-    _same_question(out / "question.json", settings, makes)
+    _same_question(out / QUESTION, settings, makes)
     sizes = [min(settings.shard, settings.count - i) for i in range(0, settings.count, settings.shard)]
     with processes.team() as team:
         for number in range(team.rank, len(sizes), team.world):
             folder = out / f"shard-{number:05d}"
-            if not folder.exists():
+            if not _full(folder, sizes[number]):
                 _make_shard(makes, folder, number, sizes[number], settings, gate)
             tell(sum(sizes[: number + 1]), settings.count)
     return join(out, len(sizes)) if team.leads else Counts(0, 0)
 
 
 def _same_question(path: Path, settings: Settings, makes: Generator) -> None:
-    """A folder holds the answer to one question; more of the same may be added."""
-    asked = json.dumps({k: v for k, v in _plain(settings).items() if k != "count"}, sort_keys=True, indent=1)
-    if path.exists() and path.read_text(encoding="utf-8") != asked:
-        raise Misconfigured(f"{path.parent} holds images asked for otherwise (see {path.name}): choose another folder.")
-    path.write_text(asked, encoding="utf-8")
+    """A folder holds one generator's answer to one question; more of the same may be added."""
+    asked = {k: v for k, v in _plain(settings).items() if k != "count"} | {"generator": makes.digest}
+    text = json.dumps(asked, sort_keys=True, indent=1)
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if before != {name: value for name, value in json.loads(text).items() if name in before}:
+        raise Misconfigured(
+            f"{path.parent} holds images asked for otherwise, or of another generator (see {path.name}): choose another"
+            " folder."
+        )
+    checkpoint.write_text(path, text)
 
 
 def _plain(settings: Settings) -> dict[str, Any]:
@@ -114,6 +124,14 @@ def wish(makes: Generator, settings: Settings, index: int) -> Wish:
     return makes.wish(index, settings.seed, pathology, birads, device, labels=settings.labels)
 
 
+def _full(folder: Path, size: int) -> bool:
+    return folder.exists() and _counted(folder).released >= size
+
+
+def _counted(folder: Path) -> Counts:
+    return Counts(**json.loads((folder / "counts.json").read_text(encoding="utf-8")))
+
+
 def _make_shard(
     makes: Generator, folder: Path, number: int, size: int, settings: Settings, gate: release.Filter | None
 ) -> None:
@@ -123,22 +141,26 @@ def _make_shard(
     (partial / "masks").mkdir()
     judge = embed.latent(makes.coder)
     rows: list[dict[str, str]] = []
-    made, index = 0, number * STRIDE
+    made, empty, index = 0, 0, number * STRIDE
     while len(rows) < size:
         count = min(settings.batch, size - len(rows))
         samples = _asked(makes, settings, range(index, index + count))
         index, made = index + count, made + count
-        kept = samples
-        if gate is not None and settings.filtered:
-            passed = gate.passes(judge(embed.squares([s.image for s in samples], makes.card.size)))
-            kept = [one for one, yes in zip(samples, passed, strict=True) if yes]
+        kept = [one for one in samples if one.pathology == "normal" or one.mask.any()]
+        empty += len(samples) - len(kept)
+        if gate is not None and settings.filtered and kept:
+            passed = gate.passes(judge(embed.squares([s.image for s in kept], makes.card.size)))
+            kept = [one for one, yes in zip(kept, passed, strict=True) if yes]
         rows += [_write(partial, one, folder.name, settings) for one in kept]
         if made >= MOST_TRIES * size and len(rows) < size:
             raise Misconfigured(
-                f"The release filter refused {made - len(rows)} of {made} images: this generator copies."
+                f"Of {made} images the release filter refused {made - len(rows) - empty}, as a generator that copies"
+                f" makes them, and {empty} show no lesion."
             )
     _write_rows(partial / "labels.csv", rows)
-    (partial / "counts.json").write_text(json.dumps({"made": made, "released": len(rows)}), encoding="utf-8")
+    counts = Counts(made, len(rows), empty)
+    (partial / "counts.json").write_text(json.dumps(counts._asdict()), encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
 
 
@@ -188,17 +210,29 @@ def _write_rows(path: Path, rows: list[dict[str, str]]) -> None:
 def join(out: Path, shards: int) -> Counts:
     """One manifest over all shards, and what was dropped on the way."""
     rows: list[dict[str, str]] = []
-    made = 0
+    every = []
     for number in range(shards):
         folder = out / f"shard-{number:05d}"
         with (folder / "labels.csv").open(newline="", encoding="utf-8") as file:
             rows += list(csv.DictReader(file))
-        made += int(json.loads((folder / "counts.json").read_text(encoding="utf-8"))["made"])
+        every.append(_counted(folder))
     _write_rows(out / MANIFEST, rows)
-    counts = Counts(made, len(rows))
+    counts = Counts(sum(c.made for c in every), len(rows), sum(c.empty for c in every))
     summary = {**counts._asdict(), "dropped": counts.dropped}
     (out / SUMMARY).write_text(json.dumps(summary, indent=1), encoding="utf-8")
     return counts
+
+
+def read_counts(folder: Path) -> Counts:
+    """How many images were made for a folder, and how many of them it holds."""
+    told = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+    return Counts(told["made"], told["released"], told.get("empty", 0))
+
+
+def is_filtered(folder: Path) -> bool:
+    """Whether a folder's images passed a release filter."""
+    question = folder / QUESTION
+    return question.exists() and bool(json.loads(question.read_text(encoding="utf-8"))["filtered"])
 
 
 def read_images(folder: Path, size: int, most: int | None = None) -> tuple[embed.Squares, list[dict[str, str]]]:
