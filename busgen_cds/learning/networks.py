@@ -22,6 +22,7 @@ from monai.networks.nets.diffusion_model_unet import DiffusionModelUNet, get_tim
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
+from busgen_cds.errors import Misconfigured
 from busgen_cds.learning.conditions import OUTLINE, Vocabulary
 
 CLOCK = 1000  # the sinusoids of the time were made for steps up to a thousand
@@ -193,9 +194,13 @@ def adapter_weights(network: Network) -> dict[str, Tensor]:
 
 def load_adapter_weights(network: Network, weights: dict[str, Any]) -> None:
     """Into a network on which `adapt` was called; every freed parameter must be there, and nothing else."""
-    free = adapter_weights(network)
-    if set(free) != set(weights):
-        raise ValueError(f"Not an adapter of this network: {sorted(set(free) ^ set(weights))[:3]} differ.")
+    free = {name: weight.shape for name, weight in adapter_weights(network).items()}
+    given = {name: weight.shape for name, weight in weights.items()}
+    if wrong := sorted(name for name in free | given if free.get(name) != given.get(name)):
+        raise Misconfigured(
+            f"Not an adapter of this generator: {wrong[0]} and {len(wrong) - 1} more parts differ. Name the generator"
+            " that it was made with."
+        )
     with torch.no_grad():
         for name, parameter in network.named_parameters():
             if name in weights:

@@ -191,6 +191,16 @@ def test_a_fresh_adapter_changes_nothing(kind: str) -> None:
     assert 0 < free < 0.5 * sum(p.numel() for p in makes.network.parameters())
 
 
+def test_an_adapter_of_another_generator_is_refused() -> None:
+    """An adapter whose parts or sizes are not this network's is refused, and the network stays as it was."""
+    mine, other = (networks.adapt(tiny().network, rank) for rank in (2, 3))
+    before = {name: p.clone() for name, p in networks.adapter_weights(mine).items()}
+    for wrong in (networks.adapter_weights(other), dict(list(before.items())[1:])):
+        with pytest.raises(Misconfigured, match="Not an adapter of this generator"):
+            networks.load_adapter_weights(mine, wrong)
+    assert all(torch.equal(p, before[name]) for name, p in networks.adapter_weights(mine).items())
+
+
 def test_a_new_label_leaves_the_old_ones() -> None:
     """Room for a new device and a new condition changes no answer that was possible before."""
     makes = tiny()
