@@ -84,8 +84,8 @@ def imagenet_layout(weights: Path, cells: int = 4) -> Embedding:
     encoder = _encoder(weights)
 
     def embed(images: Tensor) -> Tensor:
-        *_, middle, _ = encoder(F.interpolate(images, size=(224, 224), mode="bilinear", align_corners=False))
-        return F.normalize(F.adaptive_avg_pool2d(middle.float(), cells), dim=1).flatten(1)
+        features = encoder(F.interpolate(images, size=(224, 224), mode="bilinear", align_corners=False))
+        return F.normalize(F.adaptive_avg_pool2d(features[-2].float(), cells), dim=1).flatten(1)
 
     return _batched(embed, encoder)
 
