@@ -3,13 +3,15 @@
 Rules:
 - A case holds nothing but the de-identified tissue, the lesion's outline if a reader agreed with it or drew it, what it
   truly is, who said so, when, and which bundle had said what.
-- Doing it again changes nothing; when what is known changes, the case is replaced, and what is in doubt again is none.
+- Doing it again changes nothing; when what is known changes, the case is replaced, and what is in doubt again is none:
+  neither is what a newer revision no longer shows. A study that was let go keeps its cases as they are.
+- A case has a patient: without an id nobody can say whether those who teach and those who test are the same person.
 - Nothing is guessed: `truth` decides, and every finding without a case has its reason.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +22,7 @@ from busgen_cds import truth
 from busgen_cds.case import Case, Pathology
 from busgen_cds.dicom import deidentify, intake, radiologist
 from busgen_cds.dicom.deidentify import Pseudonyms
+from busgen_cds.errors import Shredded
 from busgen_cds.result import Assessed, BundleName, Finding
 from busgen_cds.store.casebook import Casebook
 from busgen_cds.store.cases import WHOLE_STUDY, Cases, Contour, Said
@@ -29,7 +32,6 @@ from busgen_cds.study import Frame, Region, Source, Study
 from busgen_cds.truth import Conflict, Known, Open, Opinion
 
 WHO = "case maker"
-IN_DOUBT = (Open, Conflict)
 
 
 @dataclass(frozen=True)
@@ -84,24 +86,49 @@ def gather(stations: Stations, study_refs: Iterable[str] | None = None) -> list[
 def _spoken_of(stations: Stations) -> set[str]:
     """Studies of which a reader, a final report or pathology said anything."""
     said = stations.words.studies() | stations.book.proven()
-    return said | {ref for ref in stations.inbox.studies_with(radiologist.SR) - said if _final(stations, ref)[1]}
+    return said | {ref for ref in stations.inbox.studies_with(radiologist.SR) - said if _reported(stations, ref)}
+
+
+def _reported(stations: Stations, study_ref: str) -> bool:
+    try:
+        return _final(stations, study_ref)[1] is not None
+    except Shredded:
+        return False
 
 
 def of_study(stations: Stations, study_ref: str) -> list[Outcome]:
-    said, doubts = _known(stations, study_ref)
-    if said is None:
-        return doubts
-    numbers = range(1, len(said.answer.findings) + 1) if said.answer.findings else [WHOLE_STUDY]
-    decided = {number: _decided(said, number) for number in numbers}
-    shown = _frames(stations, study_ref) if any(isinstance(each, Known) for each in decided.values()) else {}
-    return doubts + [_kept(stations, said, number, found, shown) for number, found in decided.items()]
+    try:
+        return _of_study(stations, study_ref)
+    except Shredded:
+        return []
 
 
-def _known(stations: Stations, study_ref: str) -> tuple[_Said | None, list[Outcome]]:
+def _of_study(stations: Stations, study_ref: str) -> list[Outcome]:
     entry = stations.results.current(study_ref)
     shown = stations.results.show(entry.ref) if entry else None
-    if entry is None or shown is None or not isinstance(shown.answer, Assessed):
-        return None, []
+    if entry is None or shown is None:
+        return []
+    if not isinstance(shown.answer, Assessed):
+        return _outdated(stations, study_ref, ())
+    said, doubts = _known(stations, study_ref, entry.revision, shown.answer)
+    numbers = range(1, len(said.answer.findings) + 1) if said.answer.findings else [WHOLE_STUDY]
+    decided = {number: _decided(said, number) for number in numbers}
+    frames = _frames(stations, study_ref) if any(isinstance(each, Known) for each in decided.values()) else {}
+    kept = [_kept(stations, said, number, found, frames) for number, found in decided.items()]
+    return doubts + _outdated(stations, study_ref, numbers) + kept
+
+
+def _outdated(stations: Stations, study_ref: str, shown: Collection[int]) -> list[Outcome]:
+    """The cases of findings that the study's newest answer does not have."""
+    found = Open("a newer revision of the study's result does not show it")
+    gone = sorted(set(stations.book.findings(study_ref)) - set(shown))
+    return [
+        Outcome(study_ref, number, found, stations.book.drop(study_ref, number, reason=found.reason, who=WHO))
+        for number in gone
+    ]
+
+
+def _known(stations: Stations, study_ref: str, revision: int, answer: Assessed) -> tuple[_Said, list[Outcome]]:
     reports = stations.book.pathology_of(study_ref)
     strangers = sum(not each.same_patient for each in reports)
     doubts = []
@@ -109,10 +136,10 @@ def _known(stations: Stations, study_ref: str) -> tuple[_Said | None, list[Outco
         reason = f"{strangers} pathology reports name this accession number and another patient: whose are they?"
         doubts = [Outcome(study_ref, WHOLE_STUDY, Conflict(reason))]
     mine = [each for each in reports if each.same_patient]
-    words = stations.words.last_words(study_ref, entry.revision)
+    words = stations.words.last_words(study_ref, revision)
     received, final = _final(stations, study_ref)
     proven, on = tuple(each.pathology for each in mine), max((each.reported_on for each in mine), default=received)
-    return _Said(study_ref, entry.revision, shown.answer, words, proven, final, on), doubts
+    return _Said(study_ref, revision, answer, words, proven, final, on), doubts
 
 
 def _final(stations: Stations, study_ref: str) -> tuple[str, str | None]:
@@ -173,18 +200,32 @@ def _kept(
     found: Known | Open | Conflict,
     shown: dict[FrameName, tuple[Frame, Study]],
 ) -> Outcome:
-    if isinstance(found, IN_DOUBT):
-        dropped = stations.book.drop(said.study_ref, number, reason=found.reason, who=WHO)
-        return Outcome(said.study_ref, number, found, dropped)
+    made = _made(stations, said, number, found, shown)
+    if not isinstance(made, Case):
+        dropped = stations.book.drop(said.study_ref, number, reason=made.reason, who=WHO)
+        return Outcome(said.study_ref, number, made, dropped)
+    who = said.words[number].word.who if number in said.words else WHO
+    changed = stations.book.keep(made, study_ref=said.study_ref, revision=said.revision, finding=number, who=who)
+    return Outcome(said.study_ref, number, found, changed)
+
+
+def _made(
+    stations: Stations,
+    said: _Said,
+    number: int,
+    found: Known | Open | Conflict,
+    shown: dict[FrameName, tuple[Frame, Study]],
+) -> Case | Open | Conflict:
+    if not isinstance(found, Known):
+        return found
     finding = said.answer.findings[number - 1] if number else None
     source = finding.source if finding else said.answer.key_image
     frame, study = shown.get(_frame_of(source), (None, None)) if source else (None, None)
     if frame is None or study is None:
-        return Outcome(said.study_ref, number, Open("its frame is not at hand any more"))
-    case = _case(stations, said, number, found, finding, frame, study)
-    who = said.words[number].word.who if number in said.words else WHO
-    changed = stations.book.keep(case, study_ref=said.study_ref, revision=said.revision, finding=number, who=who)
-    return Outcome(said.study_ref, number, found, changed)
+        return Open("its frame is not at hand any more")
+    if not study.patient.id.strip():
+        return Open("its images state no patient id: nobody can say who it is")
+    return _case(stations, said, number, found, finding, frame, study)
 
 
 def _case(
@@ -196,7 +237,7 @@ def _case(
     opinion = said.opinion(number)
     bundle = said.answer.bundle
     return Case(
-        patient_hash=pseudonyms.patient(study.patient.id, study.patient.issuer),
+        patient_hash=pseudonyms.patient(study.patient.id),  # one scanner may name the id's issuer, and another not
         tissue=hidden.tissue,
         mask=_mask(word, finding, found, hidden.region),
         pathology=found.pathology,

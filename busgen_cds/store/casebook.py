@@ -205,6 +205,12 @@ class Casebook:
                 audit.record(session, audit.Act("case dropped", who, reason, study_ref, {"case": gone}))
         return gone is not None
 
+    def findings(self, study_ref: str) -> list[int]:
+        """Those of a study that have a case."""
+        with self._database.reading() as session:
+            query = sa.select(_cases.c.finding).where(_cases.c.study_ref == study_ref)
+            return list(session.execute(query).scalars())
+
     def listing(self, part: Part | None = None, *, made_after: datetime | None = None) -> list[Listed]:
         query = sa.select(*(c for c in _cases.c if c.name in Listed.__dataclass_fields__))
         query = query.order_by(_cases.c.made_at, _cases.c.ref)

@@ -18,6 +18,7 @@ from busgen_cds.pathology import Report
 from busgen_cds.store import audit
 from busgen_cds.store.casebook import Casebook
 from busgen_cds.store.cases import Word
+from busgen_cds.store.retention import Letting
 from busgen_cds.truth import Conflict, Known, Open
 from tests.images import breast_study
 from tests.web.practice import Practice, Says
@@ -171,6 +172,62 @@ def test_nothing_found_and_agreed_is_a_normal_case(site: Site) -> None:
     ref = site.study(8, Says(None))
     site.says(ref, "agree", finding=0, findings=0)
     assert confirm_case.gather(site.stations)[0].found == Known("normal", "reader")
+
+
+def test_what_a_newer_revision_does_not_show_is_no_case(site: Site) -> None:
+    """A newer revision with fewer findings, or without an answer, takes the older one's cases back."""
+    ref = site.study(9, Says("5", findings=2))
+    for finding in (1, 2):
+        site.says(ref, "edit", finding, 2, birads="5")
+    confirm_case.gather(site.stations)
+    assert [each.finding for each in site.book.listing()] == [1, 2]
+    site.answers(ref, Says("5", findings=1))
+    outdated, waits = confirm_case.gather(site.stations)
+    assert (outdated.finding, outdated.changed, waits.finding) == (2, True, 1) and site.book.listing() == []
+    site.cases.say(Word(ref, 2, 1, "agree", "dr. ruth"), findings=1)
+    confirm_case.gather(site.stations)
+    site.answers(ref, Says(declines="two patient ids under one study"))
+    assert len(confirm_case.gather(site.stations)) == 1 and site.book.listing() == []
+
+
+def test_a_study_that_was_let_go_keeps_its_case_and_stops_nobody(site: Site) -> None:
+    """A case outlives its study, and the next night's look at all studies goes on past it."""
+    gone, there = site.study(10, Says("5")), site.study(11, Says("3"))
+    site.says(gone, "agree")
+    confirm_case.gather(site.stations)
+    files = breast_study(1, seed=15, patient_id="PAT-15")
+    reported = site.receives(files)
+    site.answers(reported, Says("4C"))
+    data, arrival, peek = _final_report(files[0], "397145000")
+    site.inbox.keep(arrival, peek, [data])
+    for ref in (gone, reported):
+        Letting(site.inbox, site.database, site.vault).shred(ref, "retention", insist=True)
+    site.says(there, "agree")
+    assert [each.study_ref for each in confirm_case.gather(site.stations)] == [there]
+    assert {each.study_ref for each in site.book.listing()} == {gone, there}
+
+
+def test_images_without_a_patient_id_make_no_case(site: Site) -> None:
+    """Nobody can say whether such a patient tests or teaches."""
+    ref = site.receives(breast_study(1, seed=12, patient_id=""))
+    site.answers(ref, Says("5"))
+    site.says(ref, "agree")
+    (outcome,) = confirm_case.gather(site.stations)
+    assert isinstance(outcome.found, Open) and "no patient id" in outcome.found.reason and site.book.listing() == []
+
+
+def test_two_scanners_know_one_patient(site: Site) -> None:
+    """One scanner names the issuer of the patient id, the other does not: it is one patient, on one side."""
+    for seed, issuer in ((13, "HOSPITAL"), (14, "")):
+        image = pydicom.dcmread(io.BytesIO(breast_study(1, seed=seed, patient_id="SAME")[0]))
+        image.IssuerOfPatientID = issuer
+        buffer = io.BytesIO()
+        image.save_as(buffer)
+        ref = site.receives([buffer.getvalue()])
+        site.answers(ref, Says("5"))
+        site.says(ref, "agree")
+    confirm_case.gather(site.stations)
+    assert len(site.book.listing()) == 2 and len({each.patient for each in site.book.listing()}) == 1
 
 
 def test_a_patient_stays_on_one_side_for_ever(site: Site) -> None:
