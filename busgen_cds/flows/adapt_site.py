@@ -9,7 +9,8 @@ Rules:
 - A stage that was killed is begun again; what it makes is the same, so that the candidate's digest is, too.
 - A candidate that the judge refuses is kept as refused, with its reasons; one that it accepts goes onto the shelf,
   signed by the night job's key. Nothing here can make it live.
-- The cases' pixels lie in the run's folder only while it runs; afterwards the folder is removed.
+- The cases' pixels lie in the run's folder only while it runs; afterwards the folder is removed, and what a run that
+  never came back has left is removed by the next one.
 - What a stage needs of the laboratory is handed in: nothing here knows how a network learns.
 """
 
@@ -150,17 +151,27 @@ def _plan(run: str, anyway: bool) -> str:
     needed = min(stations.least_new, stations.least_new_asked) if asked else stations.least_new
     if not teach or (len(new) < needed and not anyway):
         return f"not enough cases: {len(new)} new ones, {needed} are asked for{f' ({asked})' if asked else ''}"
-    partial = folder.with_name(f"{run}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    stations.write_cases(stations.book, every, partial / "cases")
     of = signing.digest(signing.canonical(sorted(each.sha256 for each in every)))
     plan = {"on": stations.clock().date().isoformat(), "of": of, "cases": len(teach), "new": len(new), "asked": asked}
-    (partial / PLAN).write_text(json.dumps(plan), encoding="utf-8")
-    if not stations.book.begin(run, teach, again=anyway):
-        shutil.rmtree(partial)
-        return "another night is under way, or has just ended"
-    partial.rename(folder)
+    partial = folder.with_name(f"{run}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        stations.write_cases(stations.book, every, partial / "cases")
+        (partial / PLAN).write_text(json.dumps(plan), encoding="utf-8")
+        if not stations.book.begin(run, teach, again=anyway):
+            return "another night is under way, or has just ended"
+        _clear_others(stations.folder, partial)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return "planned"
+
+
+def _clear_others(runs: Path, but: Path) -> None:
+    """The pixels of runs that nobody took up again: this one is the only one under way."""
+    for each in runs.iterdir():
+        if each != but:
+            shutil.rmtree(each, ignore_errors=True)
 
 
 def _stage(name: str, work: Callable[[Stations, Path], object]) -> Callable[[str], str]:
@@ -196,17 +207,18 @@ _verdict = _stage("verdict", lambda stations, folder: stations.recipes.verdict(f
 
 
 def _shelve(stations: Stations, folder: Path) -> None:
-    """The candidate is put there, or kept as refused; doing it again changes nothing."""
+    """The candidate is put there, or kept as refused; doing it again changes nothing. What was refused stays so."""
     made, judged, plan = _make(stations, folder), stations.recipes.verdict(folder), _planned(folder)
     rows = [["cases", str(plan["cases"])], ["new", str(plan["new"])]]
     night = {"title": "The night", "rows": [*rows, *([["asked for by", plan["asked"]]] if plan["asked"] else [])]}
     report = {"tables": [*judged.tables, night]}
     if judged.reasons:
-        stations.shelf.refuse(made, reasons=judged.reasons, report=report)
+        kept = stations.shelf.refuse(made, reasons=judged.reasons, report=report)
     else:
-        stations.shelf.put(made, report=report, signer=stations.signer)
-    outcome = "refused" if judged.reasons else "shelved"
-    stations.book.end(folder.name, outcome, digest=made.digest, reason="; ".join(judged.reasons))
+        kept = stations.shelf.put(made, report=report, signer=stations.signer)
+    refused = judged.reasons or kept.state == "refused"
+    outcome, reasons = ("refused", kept.reasons or judged.reasons) if refused else ("shelved", ())
+    stations.book.end(folder.name, outcome, digest=made.digest, reason="; ".join(reasons))
 
 
 _shelf = _stage("shelf", _shelve)
@@ -232,8 +244,8 @@ def _give_up(run: str) -> str:
 
 def launch(stations: Stations, workflows_url: str) -> None:
     """The engine in this process; what was begun here and not ended goes on at once."""
-    use(stations)
     stations.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    use(stations)
     desk.prepare(workflows_url)
     logging.getLogger("dbos").setLevel(logging.WARNING)
     config: DBOSConfig = {

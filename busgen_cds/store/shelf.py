@@ -38,8 +38,10 @@ KIND = "application/vnd.busgen-cds.live+json"
 STATEMENT = "live.dsse.json"
 MANIFEST = "manifest.json"  # of a refused candidate: what it says of itself, unsigned
 
+SPOKEN = "Somebody else has just said what is live: look again, then decide."
+
 State = Literal["shelved", "shadow", "live", "retired", "refused"]
-Verb = Literal["put", "come", "refuse", "shadow", "end shadow", "promote", "replace", "roll back", "withdraw"]
+Verb = Literal["put", "come", "refuse", "shadow", "end shadow", "rest", "promote", "replace", "roll back", "withdraw"]
 STATES: tuple[State, ...] = get_args(State)
 VERBS: tuple[Verb, ...] = get_args(Verb)
 
@@ -53,6 +55,8 @@ TRANSITIONS: Mapping[tuple[State | None, Verb], State] = {
     ("shadow", "come"): "live",
     ("shadow", "promote"): "live",
     ("shadow", "end shadow"): "shelved",
+    ("shadow", "rest"): "retired",  # as it was before it read along again
+    ("shadow", "roll back"): "live",
     ("shadow", "withdraw"): "refused",
     ("live", "replace"): "retired",
     ("retired", "roll back"): "live",
@@ -64,6 +68,7 @@ _ACT: Mapping[Verb, str] = {
     "refuse": "bundle refused",
     "shadow": "bundle in shadow",
     "end shadow": "bundle out of shadow",
+    "rest": "bundle out of shadow",
     "promote": "bundle promoted",
     "replace": "bundle retired",
     "roll back": "bundle rolled back to",
@@ -207,7 +212,12 @@ class Shelf:
         who: str = "night",
         plots: Mapping[str, bytes] | None = None,
     ) -> Shelved:
-        """Keep a candidate that failed, with the reasons, unsigned."""
+        """Keep a candidate that failed, with the reasons, unsigned; one that stood on the shelf is withdrawn."""
+        known = self.find(candidate.digest, session)
+        if known and known.state in ("shelved", "shadow"):
+            with self._writing(session) as writing:
+                self._move(writing, self._row(writing, candidate.digest), "withdraw", who, reasons=reasons)
+            return self.get(candidate.digest)
 
         def write(making: Path) -> None:
             (making / MANIFEST).write_bytes(candidate.manifest.to_bytes())
@@ -242,10 +252,13 @@ class Shelf:
         return self.get(digest)
 
     def end_shadow(self, digest: str, *, person: str) -> Shelved:
+        """Back to where it came from: what was live once can still be rolled back to."""
+        said_before = self.statements()
         with self._database.transaction() as session:
             row = self._row(session, digest)
-            if row.state != "shelved":
-                self._move(session, row, "end shadow", person)
+            if row.state not in ("shelved", "retired"):
+                was_live = any(digest in (said.digest, said.before) for said in said_before)
+                self._move(session, row, "rest" if was_live else "end shadow", person)
         return self.get(digest)
 
     def withdraw(self, digest: str, *, person: str, reason: str) -> Shelved:
@@ -264,7 +277,7 @@ class Shelf:
 
     def roll_back(self, *, person: str, signer: signing.Signer) -> Standing:
         """Make live again what was live before the present one was promoted."""
-        return self._say(self.before(), "roll back", person, signer)
+        return self._say("", "roll back", person, signer)
 
     # -- asking ------------------------------------------------------------------------------------------------------
 
@@ -367,7 +380,9 @@ class Shelf:
     def _say(self, digest: str, verb: Verb, person: str, signer: signing.Signer) -> Standing:
         if not person.strip():
             raise Misconfigured("Name the person who says so.")
-        with self._lock:
+        with self._lock, _one_speaks():
+            heard = self._last().number
+            digest = digest or self.before()
             home = self._take_home()
             if home and home.digest == digest:
                 return Standing(0, digest)
@@ -378,6 +393,8 @@ class Shelf:
             floor = max(self._seen, self._number_on_file())
             with self._database.transaction() as session:
                 row, last = self._row(session, digest), _last(session)
+                if last.number != heard:
+                    raise Misconfigured(SPOKEN)
                 before = self._live_row(session, home, person)
                 number = max(last.number, floor) + 1
                 said = Statement(number, digest, before.digest if before else "", verb, person, self._now_text())
@@ -596,6 +613,15 @@ class _Last:
 def _last(session: Session) -> _Last:
     row = session.execute(sa.select(_statements).order_by(_statements.c.number.desc()).limit(1)).first()
     return _Last(row.number, row.digest, row.envelope) if row else _Last(0, "", b"")
+
+
+@contextmanager
+def _one_speaks() -> Iterator[None]:
+    """Of two people who speak at the same moment, the database hears one."""
+    try:
+        yield
+    except sa.exc.IntegrityError as both:
+        raise Misconfigured(SPOKEN) from both
 
 
 @contextmanager

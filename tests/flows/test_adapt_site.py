@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import time
 from pathlib import Path
@@ -12,6 +13,7 @@ from dbos import DBOS
 from busgen_cds.bundle import Bundle
 from busgen_cds.errors import Misconfigured
 from busgen_cds.flows import adapt_site
+from busgen_cds.operations import learning_loop
 from busgen_cds.store import audit
 from tests.flows.nights import VERIFIER, Ward, begun_in_its_own_process, in_its_own_process, laboratory
 
@@ -62,6 +64,33 @@ def test_what_the_judge_refuses_is_kept_with_its_reasons(ward: Ward) -> None:
     word, digest = ward.night(laboratory(reasons=("AUC drops by 0.2", "one patient"))).split()
     kept = ward.shelf.get(digest)
     assert word == "refused" and kept.state == "refused" and kept.reasons == ("AUC drops by 0.2", "one patient")
+
+
+def test_the_same_candidate_judged_again(ward: Ward) -> None:
+    """Shelved in the morning and refused at noon, it is not on the shelf; refused once, it stays refused."""
+    shelved, digest = ward.night(laboratory()).split()
+    refused = ward.night(laboratory(reasons=("AUC drops by 0.2",)), anyway=True)
+    assert (shelved, refused) == ("shelved", f"refused {digest}")
+    assert (ward.shelf.get(digest).state, ward.shelf.get(digest).reasons) == ("refused", ("AUC drops by 0.2",))
+    assert ward.night(laboratory(), anyway=True) == f"refused {digest}"
+    assert [run.outcome for run in ward.book.adaptations()].count("refused") == 2
+
+
+def test_the_disk_is_full_when_the_cases_are_written(ward: Ward) -> None:
+    """Nothing begins, no pixels stay behind, and the next night removes what one that never came back has left."""
+
+    def full(*what: object) -> Path:
+        learning_loop.write_cases(*what)  # type: ignore[arg-type]
+        raise OSError(28, "No space left on device")
+
+    stations = dataclasses.replace(ward.stations(laboratory()), write_cases=full)
+    adapt_site.launch(stations, f"sqlite:///{ward.folder / 'workflows.sqlite'}")
+    with pytest.raises(Exception, match="No space left"):
+        adapt_site.run()
+    adapt_site.end()
+    assert list(stations.folder.iterdir()) == [] and ward.book.adaptations() == []
+    (stations.folder / "0123.partial/cases").mkdir(parents=True)
+    assert ward.night(laboratory()).startswith("shelved") and list(stations.folder.iterdir()) == []
 
 
 def test_too_few_new_cases_begin_nothing(ward: Ward) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import threading
 from collections.abc import Callable
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +157,48 @@ def test_refused_is_never_a_bundle(room: Room) -> None:
         with pytest.raises((Misconfigured, Untrusted)):
             attempt()
     assert room.shelf.put(a_candidate("bad"), report=REPORT, signer=NIGHT).state == "refused"
+
+
+def test_a_later_night_refuses_what_stands_there(room: Room) -> None:
+    """The same candidate judged again and refused does not stay on the shelf, ready to be promoted."""
+    digest = room.shadowed("2")
+    kept = room.shelf.refuse(a_candidate("2"), reasons=["AUC fell by 0.05"], report=REPORT)
+    assert (kept.digest, kept.state, kept.reasons) == (digest, "refused", ("AUC fell by 0.05",))
+    with pytest.raises(Misconfigured):
+        room.shelf.promote(digest, person="phil", signer=PROMOTER)
+    promoted = room.promoted("3")
+    assert room.shelf.refuse(a_candidate("3"), reasons=["later"], report=REPORT).digest == promoted
+    assert room.live_version() == "3"  # what a person made live, a person takes away
+
+
+def test_rolled_back_to_what_reads_along(room: Room) -> None:
+    """What was live once can be gone back to at once, also while it reads along and after it did."""
+    first = room.promoted("2")
+    room.promoted("3")
+    room.shelf.to_shadow(first, person="phil")
+    room.shelf.end_shadow(first, person="phil")
+    assert room.states()["2"] == "retired"
+    room.shelf.to_shadow(first, person="phil")
+    assert room.shelf.roll_back(person="ada", signer=PROMOTER).digest == first
+    assert room.live_version() == "2" and room.shelf.in_shadow() == ""
+
+
+def test_two_people_speak_at_once(room: Room) -> None:
+    """Whoever rolls back goes back from what they saw: a promotion in the same moment is not undone unseen."""
+    room.promoted("2")
+    room.promoted("3")
+    newest = room.shadowed("4")
+
+    class Overtaken(Shelf):
+        def before(self) -> str:
+            found = super().before()
+            room.shelf.promote(newest, person="phil", signer=PROMOTER)
+            return found
+
+    other = Overtaken(room.folder, room.database, VERIFIER, home=lambda: room.home)
+    with pytest.raises(Misconfigured, match="Somebody else has just said"):
+        other.roll_back(person="ada", signer=PROMOTER)
+    assert room.live_version() == "4" and room.shelf.standing().number == 3
 
 
 def test_withdrawn(room: Room) -> None:
@@ -375,4 +419,28 @@ def test_on_postgresql(tmp_path: Path) -> None:
         room.promoted("2")
         room.shelf.roll_back(person="ada", signer=PROMOTER)
         assert room.live_version() == "shipped" and room.shelf.standing().number == 2
+        room.promoted("3")
+        digest, said = room.shadowed("4"), threading.Barrier(2)
+
+        def speaks(one: Callable[[Shelf], object]) -> str:
+            shelf = room.opened()
+            said.wait()
+            try:
+                one(shelf)
+            except Misconfigured as why:
+                return str(why)
+            return ""
+
+        def promotes(shelf: Shelf) -> object:
+            return shelf.promote(digest, person="phil", signer=PROMOTER)
+
+        def goes_back(shelf: Shelf) -> object:
+            return shelf.roll_back(person="ada", signer=PROMOTER)
+
+        with futures.ThreadPoolExecutor(2) as people:
+            heard = list(people.map(speaks, (promotes, goes_back)))
+        assert "" in heard and all(each in ("", shelf.SPOKEN) for each in heard), heard
+        numbers = [said.number for said in room.shelf.statements()]
+        assert numbers == list(range(1, len(numbers) + 1)) and audit.verify(room.database).sound
+        room.opened().live()
         room.database.close()
