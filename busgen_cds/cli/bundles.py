@@ -83,11 +83,16 @@ def verify(
 
 
 def _bundle(which: str, config: Path) -> Any:
+    """What `list` shows: of the shelf, or come with the product."""
     from busgen_cds import app as house
 
     if not which or Path(which).is_dir():
         return house.open_bundle(Path(which) if which else None)
     with opened(config) as site:
+        known = {each.digest for each in site.shelf.listing()}
+        for shipped in map(house.open_bundle, house.shipped_bundles()):
+            if shipped.digest.startswith(which) and shipped.digest not in known:
+                return shipped
         return site.shelf.live() if which == "live" else site.shelf.open(site.shelf.get(which).digest)
 
 

@@ -20,6 +20,7 @@ from PIL import Image
 
 from busgen_cds import app, parcel, signing
 from busgen_cds.app import Site
+from busgen_cds.bundle import Candidate
 from busgen_cds.errors import Misconfigured
 from busgen_cds.flows import adapt_site, confirm_case
 from busgen_cds.store.casebook import Casebook, Listed
@@ -124,6 +125,12 @@ def recipes(site: Site, how: recipe.Settings) -> adapt_site.Recipes:
     """The laboratory's stages, as the workflow calls them."""
     from busgen_cds.learning.recipes import adapt_site as recipe
 
+    def trained(run: Path) -> None:
+        recipe.train(run, how, site.shelf.live())
+
+    def made(run: Path, name: str, version: str, on: str) -> Candidate:
+        return recipe.candidate_of(how, site.shelf.live(), run, name, version, on)
+
     def judged(run: Path) -> adapt_site.Judged:
         return recipe.verdict(run, how, site.shelf.live())
 
@@ -131,8 +138,8 @@ def recipes(site: Site, how: recipe.Settings) -> adapt_site.Recipes:
         adapter=partial(recipe.adapt_generator, settings=how),
         images=partial(recipe.generate, settings=how),
         privacy=partial(recipe.audit_privacy, settings=how),
-        members=partial(recipe.train, settings=how),
-        candidate=partial(recipe.candidate_of, how),
+        members=trained,
+        candidate=made,
         verdict=judged,
     )
 

@@ -71,6 +71,8 @@ def test_from_the_shelf_to_live_and_back(houses: tuple[House, House]) -> None:
     north, _ = houses
     shipped = app.open_bundle()
     assert north.listed() == {shipped.name.version: "live"}
+    assert shipped.digest in north.says("verify", shipped.digest[:12]).stdout  # though nobody put it onto the shelf
+    assert "# " in north.says("show", shipped.digest[:12]).stdout
     digest = north.shelves(a_candidate("2"))
     assert isinstance(refusal(north.says("promote", digest[:10], "--who", "phil")), Misconfigured)
     assert north.says("shadow", digest[:10], "--who", "phil").exit_code == 0

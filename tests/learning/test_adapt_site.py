@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import shutil
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,10 @@ from PIL import Image
 
 from busgen_cds import bundle, signing
 from busgen_cds.bundle import Bundle
+from busgen_cds.errors import Misconfigured
 from busgen_cds.learning import data
 from busgen_cds.learning.reader import Reader, Shape
-from busgen_cds.learning.recipes import adapt_reader, adapt_site, audit, fewshot, synthesise, train_reader
+from busgen_cds.learning.recipes import adapt_reader, adapt_site, audit, fewshot, make_bundle, synthesise, train_reader
 from tests.learning import generators, toys
 
 SMALL = Shape(width=16)
@@ -50,11 +52,12 @@ def how(tmp_path_factory: pytest.TempPathFactory) -> adapt_site.Settings:
     folder = tmp_path_factory.mktemp("release")
     rows = [r | {"source": "synthetic", "split": "train"} for r in toys.records(24) if r["pathology"] != "normal"]
     torch.manual_seed(0)
-    start = folder / "start.safetensors"
+    starts = tuple(folder / f"start-{k}.safetensors" for k in range(2))
     notes = {"settings": train_reader.describe(train_reader.Settings(shape=SMALL, sources=("synthetic",))), "step": 0}
-    adapt_reader.write_member(start, Reader(SMALL).state_dict(), notes)
+    for start in starts:
+        adapt_reader.write_member(start, Reader(SMALL).state_dict(), notes)
     return adapt_site.Settings(
-        start=(start,),
+        start=starts,
         release=toys.write(folder / "release", rows),
         reader=adapt_reader.Settings(steps=3, batch=4, size=64, rate=1e-4),
         sweeps=10,
@@ -64,12 +67,15 @@ def how(tmp_path_factory: pytest.TempPathFactory) -> adapt_site.Settings:
 
 @pytest.fixture(scope="module")
 def bench(how: adapt_site.Settings, tmp_path_factory: pytest.TempPathFactory) -> tuple[adapt_site.Settings, Bundle]:
-    """The same, and a live bundle made of both."""
+    """The same, and a live bundle made of both: its second member judges, and does not draw."""
     folder = tmp_path_factory.mktemp("bench")
-    run = cases(folder / "live")
-    adapt_site.train(run, how)
-    made = adapt_site.candidate_of(how, run, "live", "1", "2026-01-01")
-    made.seal(folder / "bundle", KEY)
+    root = adapt_site.assemble(cases(folder / "live"), how)
+    members = [
+        adapt_reader.adapt(start, root, ("site",), folder / str(k), how.reader, root / "replay")
+        for k, start in enumerate(how.start)
+    ]
+    choice = make_bundle.Choice("live", "1", date(2026, 1, 1), False, drawing=1, sweeps=10, sweep_frames=2, threads=1)
+    make_bundle.make(root, members, choice).seal(folder / "bundle", KEY)
     return how, Bundle.open(folder / "bundle", TRUST)
 
 
@@ -84,16 +90,29 @@ def test_a_night_ends_with_a_verdict_and_repeats_to_the_same_digest(
         run = cases(tmp_path / name)
         assert "no generator" in adapt_site.adapt_generator(run, settings)
         assert adapt_site.generate(run, settings) == adapt_site.audit_privacy(run, settings) == ""
-        adapt_site.train(run, settings)
+        adapt_site.train(run, settings, live)
         if name == "two":  # killed within the candidate's making, and taken up again
             (run / "candidate.partial").mkdir()
-        digests.append(adapt_site.candidate_of(settings, run, "site-reader", "1", "2026-01-02").digest)
-        assert adapt_site.candidate_of(settings, run, "site-reader", "1", "2026-01-02").digest == digests[-1]
+        made = adapt_site.candidate_of(settings, live, run, "site-reader", "1", "2026-01-02")
+        digests.append(made.digest)
+        assert adapt_site.candidate_of(settings, live, run, "site-reader", "1", "2026-01-02").digest == digests[-1]
     assert digests[0] == digests[1]
+    assert (made.manifest.settings["drawing"], made.manifest.settings["mirrored"]) == (1, False)  # as the live one
     found = adapt_site.verdict(run, settings, live)
     assert [t["title"] for t in found.tables][-2:] == ["The release set", "The generator"]
     assert any("images (malignant)" in row[0] for table in found.tables for row in table["rows"])
     assert adapt_site.verdict(run, settings, live).reasons == found.reasons  # judged once
+
+
+@pytest.mark.slow
+def test_a_night_never_changes_how_many_members_read(bench: tuple[adapt_site.Settings, Bundle], tmp_path: Path) -> None:
+    """Where a checkpoint of the live reader was left out of the settings, the night says so before it learns."""
+    settings, live = bench
+    one = dataclasses.replace(settings, start=settings.start[:1])
+    with pytest.raises(
+        Misconfigured, match=r"adaptation\.start names 1 checkpoints, and the live reader has 2 members"
+    ):
+        adapt_site.train(cases(tmp_path / "run"), one, live)
 
 
 def test_what_judges_never_teaches(how: adapt_site.Settings, tmp_path: Path) -> None:

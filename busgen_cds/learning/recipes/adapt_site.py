@@ -9,6 +9,7 @@ Rules:
   audit; where they are too few for one, no generator is adapted. Images that the audit does not find clean are removed
   before a reader is trained. The report says either.
 - A site without a generator adapts its reader without generated images of its own; the report says so.
+- A candidate is put together as the live reader is: so many members, the same of them drawing, mirrored or not.
 - The release's images take part in training and calibration where generated images have a share of the lessons; those
   of them that judge are never among these.
 """
@@ -23,6 +24,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -173,10 +175,14 @@ def _skipped(run: Path) -> str:
 # ---- The reader
 
 
-def train(run: Path, settings: Settings) -> None:
+def train(run: Path, settings: Settings, live: Bundle) -> None:
     """Each member goes on from where it was, over the cases with the release's images among them."""
-    if not settings.start:
-        raise Misconfigured("No member to go on from: set adaptation.start to the live reader's checkpoints.")
+    members = len(live.manifest.settings.get("members", settings.start))
+    if not settings.start or len(settings.start) != members:
+        raise Misconfigured(
+            f"adaptation.start names {len(settings.start)} checkpoints, and the live reader has {members} members: "
+            "name every checkpoint of its release, in their order."
+        )
     root, replay = assemble(run, settings), run / LESSONS / "replay"
     for k, start in enumerate(settings.start):
         out = run / MEMBERS / str(k)
@@ -246,7 +252,7 @@ def _manifest(folder: Path, rows: Sequence[Mapping[str, str]]) -> None:
     partial.replace(folder / "manifest.csv")
 
 
-def candidate_of(settings: Settings, run: Path, name: str, version: str, created: str) -> Candidate:
+def candidate_of(settings: Settings, live: Bundle, run: Path, name: str, version: str, created: str) -> Candidate:
     """Export, parity, calibration, thresholds and gate; kept in the run, unsigned."""
     kept = read_candidate(run)
     if kept is not None:
@@ -256,6 +262,7 @@ def candidate_of(settings: Settings, run: Path, name: str, version: str, created
         name,
         version,
         datetime.date.fromisoformat(created),
+        **_put_together(live),
         sweeps=settings.sweeps,
         sweep_frames=settings.sweep_frames,
         threads=settings.threads,
@@ -270,6 +277,12 @@ def candidate_of(settings: Settings, run: Path, name: str, version: str, created
         (partial / file).write_bytes(content)
     partial.rename(run / CANDIDATE)
     return made
+
+
+def _put_together(live: Bundle) -> dict[str, Any]:
+    """Who draws the outline, whether mirrored views are read, and the floor of the attention."""
+    said = live.manifest.settings
+    return {name: said[name] for name in ("mirrored", "drawing", "floor") if name in said}
 
 
 def read_candidate(run: Path) -> Candidate | None:
