@@ -152,7 +152,7 @@ def generate(
     settings = synthesise.Settings(
         count=count,
         seed=seed,
-        mix={name: float(share) for name, share in _pairs(mix.split(","))},
+        mix=_shares(mix),
         devices=tuple(device or ()),
         labels=dict(_pairs(label or [])),
         shard=shard,
@@ -175,8 +175,16 @@ def generate(
     )
 
 
+def _shares(mix: str) -> dict[str, float]:
+    try:
+        return {name: float(share) for name, share in _pairs(mix.split(","))}
+    except ValueError as wrong:
+        raise typer.BadParameter(f"a share is a number, as in benign=0.7,malignant=0.3; got {mix}") from wrong
+
+
 def _pairs(texts: list[str]) -> list[tuple[str, str]]:
-    pairs = [(name, value) for name, is_there, value in (text.partition("=") for text in texts) if is_there]
+    parts = (text.partition("=") for text in texts)
+    pairs = [(name.strip(), value.strip()) for name, is_there, value in parts if is_there]
     if len(pairs) != len(texts):
         raise typer.BadParameter(f"expected name=value, got {', '.join(texts)}")
     return pairs
@@ -283,9 +291,14 @@ def share(
     from busgen_cds.errors import Misconfigured
     from busgen_cds.learning.recipes import share as recipe
 
-    secret = load_pem_private_key(key.read_bytes(), None)
+    try:
+        secret = load_pem_private_key(key.read_bytes(), None)
+    except (OSError, ValueError, TypeError) as wrong:
+        raise Misconfigured(f"{key} is no private key without a passphrase (PEM): {wrong}.") from wrong
     if not isinstance(secret, Ed25519PrivateKey):
-        raise Misconfigured(f"{key} is no Ed25519 private key.")
+        raise Misconfigured(
+            f"{key} is no Ed25519 private key: `openssl genpkey -algorithm ed25519 -out key.pem` makes one."
+        )
     now = datetime.datetime.now(datetime.UTC)
     terms = recipe.Terms(name, version, creator, now.date().isoformat())
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 from busgen_cds import signing
 from busgen_cds.errors import Misconfigured, Untrusted
-from busgen_cds.learning import data, embed, privacy, release
+from busgen_cds.learning import conditions, data, embed, privacy, release
 from busgen_cds.learning.figures import Interval
 from busgen_cds.learning.generator import Generator, Sample, Sampling, Wish
 from busgen_cds.learning.recipes import audit, encode, share, synthesise
@@ -125,6 +125,58 @@ def test_the_filter_knows_close_ups_and_shots(tmp_path: Path) -> None:
     shot = np.random.default_rng(0).integers(0, 255, (1, SIZE, SIZE)).astype(np.uint8)
     own = gate.including(release.both_ways(judge, shot))
     assert gate.passes(judge(shot)).all() and not own.passes(judge(embed.mirrored(shot))).any()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"count": 0},
+        {"shard": 0},
+        {"seed": -1},
+        {"mix": {"benign": 0}},
+        {"mix": {"benign": -1, "malignant": 2}},
+        {"mix": {"benign": 1, "cancer": 0}},
+        {"mix": {"normal": 1}, "in_healthy": True},
+        {"devices": ("Nokia",)},
+    ],
+)
+def test_a_question_that_cannot_be_answered_leaves_no_trace(wrong: dict[str, Any], tmp_path: Path) -> None:
+    """It is refused before anything is written: the same folder then takes the right question."""
+    with pytest.raises(Misconfigured):
+        synthesise.generate(tiny(), tmp_path / "out", dataclasses.replace(SIX, **wrong), None)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_where_nothing_can_be_written_is_said(tmp_path: Path) -> None:
+    """A file in the folder's place, as a full disk, is said in a sentence with what to do."""
+    (tmp_path / "out").write_text("")
+    with pytest.raises(Misconfigured, match="cannot be written"):
+        synthesise.generate(tiny(), tmp_path / "out", SIX, None)
+
+
+def test_of_a_smaller_count_as_many_are_listed(six: Path, tmp_path: Path) -> None:
+    """A folder of six that is asked for five lists five, and keeps the sixth for later."""
+    folder = shutil.copytree(six, tmp_path / "six")
+    for count in (5, 6):
+        made = synthesise.generate(tiny(), folder, dataclasses.replace(SIX, count=count), None)
+        assert made.released == made.made == len(data.read_manifest(folder)) == count
+    assert contents(folder) == contents(six)
+
+
+def test_a_task_s_own_label_is_listed_and_shared(tmp_path: Path) -> None:
+    """A site's own outcome column stands in the manifest of its images, and in the package's labels and metadata."""
+    makes = tiny()
+    words = conditions.Vocabulary({**makes.card.vocabulary.names, "recurrence_5y": ("yes",)})
+    makes.card = dataclasses.replace(makes.card, vocabulary=words)
+    makes.network.conditions.grow(words)
+    how = dataclasses.replace(SIX, count=2, labels={"recurrence_5y": "yes"})
+    synthesise.generate(makes, tmp_path / "made", how, None)
+    rows = share._rows(tmp_path / "made")
+    assert {row["recurrence_5y"] for row in rows} == {"yes"}
+    share._write_labels(tmp_path / share.LABELS, rows)
+    assert "recurrence_5y" in (tmp_path / share.LABELS).read_text().splitlines()[0]
+    metadata = share.croissant(TERMS, {share.LABELS: ""}, list(rows[0]))
+    assert "recurrence_5y" in {field["name"] for field in metadata["recordSet"][0]["field"]}
 
 
 def test_device_tells_nothing_of_the_class() -> None:

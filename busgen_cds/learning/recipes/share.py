@@ -14,7 +14,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,7 @@ def package(
     shutil.copyfile(report, out / REPORT)
     (out / CARD).write_text(card(rows, told, counts, terms), encoding="utf-8")
     sums = _digests(out)
-    (out / METADATA).write_text(json.dumps(croissant(terms, sums), indent=1), encoding="utf-8")
+    (out / METADATA).write_text(json.dumps(croissant(terms, sums, list(rows[0])), indent=1), encoding="utf-8")
     contents = {"name": terms.name, "version": terms.version, "date": terms.date, "files": _digests(out)}
     (out / ENVELOPE).write_bytes(signing.seal(signing.canonical(contents), KIND, signer))
     return out
@@ -133,7 +133,7 @@ def _save(path: Path, pixels: NDArray[Any]) -> None:
 
 def _write_labels(path: Path, rows: list[dict[str, str]]) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, synthesise.COLUMNS)
+        table = csv.DictWriter(file, list(rows[0]))
         table.writeheader()
         table.writerows(rows)
 
@@ -150,10 +150,10 @@ def _read(path: Path, what: str) -> str:
         raise Misconfigured(f"{what} is needed and {path} cannot be read ({missing.strerror}).") from missing
 
 
-def croissant(terms: Terms, sums: dict[str, str]) -> dict[str, Any]:
+def croissant(terms: Terms, sums: dict[str, str], columns: Sequence[str]) -> dict[str, Any]:
     """What a dataset search or a loader must know (Croissant 1.0)."""
-    columns = [name for name in synthesise.COLUMNS if name not in ("image", "mask")]
-    fields = [_field(name, "labels", {"column": name}, "sc:Text") for name in columns]
+    labels = [name for name in columns if name not in ("image", "mask")]
+    fields = [_field(name, "labels", {"column": name}, "sc:Text") for name in labels]
     fields += [
         _field("image", "images", {"fileProperty": "content"}, "sc:ImageObject"),
         _field("image_file", "labels", {"column": "image"}, "sc:Text"),

@@ -4,7 +4,7 @@ So is an image in which the lesion that was asked for did not come: its label wo
 Rules:
 - A shard is a folder, complete or absent; a run that was stopped goes on with the shards that are missing, and every
   image is what it would have been. A run that is to hold more than before makes its last shard anew, to its full size.
-- A folder holds one generator's answer to one question.
+- A folder holds one generator's answer to one question; one that cannot be answered is refused before it is begun.
 - Pathology follows the mix that was asked for, and device is drawn evenly whatever the pathology: what a scanner is
   must not tell what a lesion is.
 - The manifest is one that `train` reads; its source is "synthetic" and nobody is its patient.
@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -80,16 +81,37 @@ def generate(
             "No release filter beside this generator or its adapter: build one with `busgen-cds privacy --filter-only`,"
             " then make the adapter anew with `busgen-cds fewshot`; or give --unfiltered for a measurement."
         )
-    out.mkdir(parents=True, exist_ok=True)
-    _same_question(out / QUESTION, settings, makes)
+    _answerable(makes, settings)
     sizes = [min(settings.shard, settings.count - i) for i in range(0, settings.count, settings.shard)]
-    with processes.team() as team:
-        for number in range(team.rank, len(sizes), team.world):
-            folder = out / f"shard-{number:05d}"
-            if not _full(folder, sizes[number]):
-                _make_shard(makes, folder, number, sizes[number], settings, gate)
-            tell(sum(sizes[: number + 1]), settings.count)
-    return join(out, len(sizes)) if team.leads else Counts(0, 0)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        _same_question(out / QUESTION, settings, makes)
+        with processes.team() as team:
+            for number in range(team.rank, len(sizes), team.world):
+                folder = out / f"shard-{number:05d}"
+                if not _full(folder, sizes[number]):
+                    _make_shard(makes, folder, number, sizes[number], settings, gate)
+                tell(sum(sizes[: number + 1]), settings.count)
+        return join(out, sizes) if team.leads else Counts(0, 0)
+    except OSError as error:
+        raise Misconfigured(
+            f"{out} cannot be written ({error.strerror}): make room or choose another folder, and call again;"
+            " shards that are complete are kept."
+        ) from error
+
+
+def _answerable(makes: Generator, settings: Settings) -> None:
+    """Every class and device of the question is asked for once."""
+    if min(settings.count, settings.shard) < 1 or settings.seed < 0:
+        raise Misconfigured("Count and shard are numbers from 1 on, a seed from 0 on.")
+    shares = list(settings.mix.values())
+    if not all(0 <= share < math.inf for share in shares) or not sum(shares):
+        raise Misconfigured("The mix gives each pathology a share from 0 on, and one of them more than 0.")
+    if settings.in_healthy and settings.mix.get("normal"):
+        raise Misconfigured("Lesions are grown in healthy images: leave normal out of the mix.")
+    for pathology in settings.mix:
+        for device in settings.devices or (None,):
+            makes.wish(0, settings.seed, pathology, device=device, labels=settings.labels)  # type: ignore[arg-type]
 
 
 def _same_question(path: Path, settings: Settings, makes: Generator) -> None:
@@ -184,7 +206,7 @@ def _write(folder: Path, one: Sample, shard: str, settings: Settings) -> dict[st
     Image.fromarray(one.image).save(folder / "images" / name)
     if one.mask.any():
         Image.fromarray(one.mask).save(folder / "masks" / name)
-    row = dict.fromkeys(COLUMNS, "")
+    row = dict.fromkeys([*COLUMNS, *settings.labels], "")
     row.update(
         image=f"{shard}/images/{name}",
         mask=f"{shard}/masks/{name}" if one.mask.any() else "",
@@ -196,26 +218,28 @@ def _write(folder: Path, one: Sample, shard: str, settings: Settings) -> dict[st
         split="train",
         note="no patient is shown",
     )
-    row.update({name: value for name, value in settings.labels.items() if name in COLUMNS})
+    row.update(settings.labels)
     return row
 
 
 def _write_rows(path: Path, rows: list[dict[str, str]]) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, COLUMNS)
+        table = csv.DictWriter(file, list(rows[0]) if rows else COLUMNS)
         table.writeheader()
         table.writerows(rows)
 
 
-def join(out: Path, shards: int) -> Counts:
+def join(out: Path, sizes: Sequence[int]) -> Counts:
     """One manifest over all shards, and what was dropped on the way."""
     rows: list[dict[str, str]] = []
     every = []
-    for number in range(shards):
+    for number, size in enumerate(sizes):
         folder = out / f"shard-{number:05d}"
         with (folder / "labels.csv").open(newline="", encoding="utf-8") as file:
-            rows += list(csv.DictReader(file))
-        every.append(_counted(folder))
+            these = list(csv.DictReader(file))
+        rows += these[:size]
+        counted, spare = _counted(folder), len(these[size:])  # made for a greater count
+        every.append(Counts(counted.made - spare, counted.released - spare, counted.empty))
     _write_rows(out / MANIFEST, rows)
     counts = Counts(sum(c.made for c in every), len(rows), sum(c.empty for c in every))
     summary = {**counts._asdict(), "dropped": counts.dropped}
