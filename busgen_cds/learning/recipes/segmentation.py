@@ -83,8 +83,8 @@ def _assert_unseen(rows: list[data.Row], card: Card, settings: Settings) -> None
 
 def train_one(real: data.Images, made: data.Images | None, s: Settings, seed: int) -> nn.Module:
     torch.manual_seed(seed)
-    network = BasicUNet(spatial_dims=2, in_channels=1, out_channels=1, features=s.features, norm="batch")
-    network = network.to(memory_format=torch.channels_last)
+    network: nn.Module = BasicUNet(spatial_dims=2, in_channels=1, out_channels=1, features=s.features, norm="batch")
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimiser = torch.optim.AdamW(network.parameters(), s.rate, weight_decay=1e-4)
     from_made = round(s.share * s.batch) if made is not None else 0
     for step in range(s.steps):
