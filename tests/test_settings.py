@@ -70,6 +70,20 @@ def test_a_viewers_link_leads_to_the_study(tmp_path: Path, link: str) -> None:
         settings.read(written(tmp_path, f'{MINIMAL}\n[web]\nviewer = "{link}"\n'))
 
 
+LOOSER: dict[str, float] = {
+    "not_worse": 0.06, "release_drop": 0.02, "calibration_error": 0.16, "sensitivity": 0.89, "group_drop": 0.06,
+    "outline_drop": 0.11, "declined": 0.11,
+    "test_patients": 7, "doubtful": 0.74, "teachers": 7,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", settings.Rules.model_fields)
+def test_an_acceptance_rule_is_tightened_and_never_loosened(tmp_path: Path, rule: str) -> None:
+    """What was fixed before anybody looked at a candidate cannot be given up for one."""
+    with pytest.raises(Misconfigured, match=rule):
+        settings.read(written(tmp_path, f"{MINIMAL}\n[adaptation.rules]\n{rule} = {LOOSER[rule]}\n"))
+
+
 def test_the_environment_overrides_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A value in the environment overrides the one in the file."""
     monkeypatch.setenv("BUSGEN_CDS_READER__DEVICE", "cpu")

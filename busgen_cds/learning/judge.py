@@ -36,6 +36,8 @@ class Rules:
     calibration_error: float = 0.15  # ECE on the site's test patients, unless the live reader's is larger
     sensitivity: float = 0.90  # at the rule-out score, on either set, unless the live reader's is lower
     group_drop: float = 0.05  # AUC that may be lost in any group of the release set or the site
+    outline_drop: float = 0.10  # of the mean overlap (Dice) with the outlines of either set that are known
+    declined: float = 0.10  # share of the site's test images beyond the candidate's gate, above the live reader's
     group_size: int = 20  # images; smaller groups say nothing
     test_patients: int = 8  # of the site's test set, with a cancer and without, each
     teachers: int = 8  # patients at least
@@ -60,6 +62,10 @@ class Read:
     groups: Words = field(repr=False)  # the device of each image
     before_at: float = 0.0  # rule-out scores, in log-odds
     after_at: float = 0.0
+    before_overlap: Floats = field(default_factory=lambda: np.zeros(0), repr=False)  # of each outline that is known
+    after_overlap: Floats = field(default_factory=lambda: np.zeros(0), repr=False)
+    before_strange: int = 0  # images beyond the reader's gate
+    after_strange: int = 0
 
 
 @dataclass(frozen=True)
@@ -126,7 +132,7 @@ def _of_material(material: Material, site: Read, rules: Rules) -> Iterator[str]:
         yield f"{material.strange} of {total} cases are unlike anything the live reader has seen: look at the scanner"
     on_cases, on_test = figures.auc(material.score, material.truth), figures.auc(site.before, site.truth)
     if math.isnan(on_cases):
-        yield "the cases hold only one answer"
+        yield "the cases hold only one answer, or the live reader gives them no number"
     elif on_cases < on_test - rules.contradiction:
         yield (
             f"the cases contradict the live reader: AUC {on_cases:.3f} on them and {on_test:.3f} on the site's test"
@@ -150,8 +156,15 @@ def _of_site(read: Read, rules: Rules) -> Iterator[str]:
     if not found.low >= -rules.not_worse:
         yield f"{read.name}: AUC changes by {_signed(found)}; worse by {rules.not_worse:g} is not excluded"
     error, was = (_error(score, read.truth) for score in (read.after, read.before))
-    if error > max(rules.calibration_error, was):
-        yield f"{read.name}: calibration error {error:.3f}; at most {max(rules.calibration_error, was):.3f} is allowed"
+    allowed = max(rules.calibration_error, was)  # a live reader's that is not a number allows nothing more
+    if not error <= allowed:
+        yield f"{read.name}: calibration error {error:.3f}; at most {allowed:.3f} is allowed"
+    if read.after_strange - read.before_strange > rules.declined * len(read.truth):
+        yield (
+            f"{read.name}: {read.after_strange} of {len(read.truth)} images are beyond the candidate's gate, and"
+            f" {read.before_strange} beyond the live reader's: it would decline them"
+        )
+    yield from _outlines(read, rules)
     yield from _sensitivity(read, rules)
     yield from _groups(read, rules)
 
@@ -160,8 +173,17 @@ def _of_release(read: Read, rules: Rules) -> Iterator[str]:
     found = change(read)
     if not found.value >= -rules.release_drop:
         yield f"{read.name}: AUC drops by {-found.value:.3f}; {rules.release_drop:g} is allowed"
+    yield from _outlines(read, rules)
     yield from _sensitivity(read, rules)
     yield from _groups(read, rules)
+
+
+def _outlines(read: Read, rules: Rules) -> Iterator[str]:
+    if not read.before_overlap.size:
+        return
+    before, after = read.before_overlap.mean(), read.after_overlap.mean()
+    if not after >= before - rules.outline_drop:
+        yield f"{read.name}: the outlines overlap with those drawn by {after:.3f} in the mean, and did by {before:.3f}"
 
 
 def _sensitivity(read: Read, rules: Rules) -> Iterator[str]:
@@ -174,7 +196,7 @@ def _sensitivity(read: Read, rules: Rules) -> Iterator[str]:
 
 def _groups(read: Read, rules: Rules) -> Iterator[str]:
     for name, found in groups(read, rules):
-        if found.value < -rules.group_drop:
+        if not found.value >= -rules.group_drop:
             yield f"{read.name}, {name or 'no device stated'}: AUC drops by {-found.value:.3f}"
 
 
@@ -187,6 +209,8 @@ def groups(read: Read, rules: Rules) -> Iterator[tuple[str, Interval]]:
 
 
 def _error(log_odds: Floats, truth: Ints) -> float:
+    if not truth.size:
+        return math.nan
     return figures.expected_calibration_error(1 / (1 + np.exp(-log_odds)), truth)
 
 
@@ -209,6 +233,8 @@ def _tables(evidence: Evidence, reasons: Sequence[str]) -> Iterator[Mapping[str,
                     f"{_error(read.after, read.truth):.3f}",
                 ],
                 ["sensitivity at the rule-out score", *(f"{s:.3f}" for s in _sensitivities(read))],
+                ["overlap of outlines (Dice)", *(_mean(s) for s in (read.before_overlap, read.after_overlap))],
+                ["images beyond the gate", str(read.before_strange), str(read.after_strange)],
             ],
         }
     material = evidence.material
@@ -230,6 +256,10 @@ def _sensitivities(read: Read) -> tuple[float, float]:
         figures.sensitivity(read.before, read.truth, read.before_at),
         figures.sensitivity(read.after, read.truth, read.after_at),
     )
+
+
+def _mean(values: Floats) -> str:
+    return f"{values.mean():.3f}" if values.size else "no outline is known"
 
 
 def _signed(found: Interval) -> str:

@@ -72,13 +72,15 @@ class Poisoned(Ward):
             case = Case(who, image, mask, kind, "4A", "reader", "agree", "2026-03-01", None)  # type: ignore[arg-type]
             self.book.keep(case, study_ref=f"{i:032x}", revision=1, finding=1, who="ruth")
 
-    def judged(self, release: Path) -> tuple[str, str, tuple[str, ...]]:
-        """A night whose candidate reads as the live reader does: what became of it, and why."""
+    def judged(self, release: Path, **thresholds: float) -> tuple[str, str, tuple[str, ...]]:
+        """A night whose candidate ranks as the live reader does: what became of it, and why."""
         live = readers.bundle(self.folder / "live")
         how = adapt_site.Settings(start=(), release=release)
 
         def candidate(run: Path, name: str, version: str, created: str) -> Candidate:
-            made = Candidate(dataclasses.replace(live.manifest, name=name, version=version), live.files)
+            learnt = dataclasses.replace(live.manifest.thresholds, **thresholds)
+            manifest = dataclasses.replace(live.manifest, name=name, version=version, thresholds=learnt)
+            made = Candidate(manifest, live.files)
             (run / adapt_site.CANDIDATE).mkdir(exist_ok=True)
             for file, content in {**made.files, "manifest.json": made.manifest.to_bytes()}.items():
                 (run / adapt_site.CANDIDATE / file).write_bytes(content)
@@ -108,6 +110,19 @@ def test_a_clean_night_is_shelved(release: Path, tmp_path: Path) -> None:
     assert (word, reasons) == ("shelved", ())
     report = str(ward.shelf.get(digest).report)
     assert "generated images, no real ones" in report and "no generator is at hand" not in report
+
+
+@pytest.mark.parametrize(
+    ("learnt", "reason"), [({"mask": 0.9999}, "the outlines overlap"), ({"domain": 0.0}, "it would decline them")]
+)
+def test_a_candidate_that_ranks_well_and_is_of_no_use(
+    release: Path, tmp_path: Path, learnt: dict[str, float], reason: str
+) -> None:
+    """Poisoned outlines and a poisoned gate leave the ranking as it was: the outlines and the gate are judged too."""
+    ward = Poisoned(tmp_path)
+    ward.confirm_all()
+    word, _, reasons = ward.judged(release, **learnt)
+    assert word == "refused" and any(reason in each for each in reasons), reasons
 
 
 @pytest.mark.parametrize("poison", POISON)

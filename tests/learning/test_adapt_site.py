@@ -131,6 +131,19 @@ def test_what_judges_never_teaches(how: adapt_site.Settings, tmp_path: Path) -> 
     assert judging and not any(f"release/{row.image}," in lessons for images in judging for row in images.rows)
 
 
+def test_a_person_under_two_ids_does_not_teach_and_judge(how: adapt_site.Settings, tmp_path: Path) -> None:
+    """A teaching patient who shows a test patient's very image is that patient: none of their images teaches."""
+    run = cases(tmp_path / "run")
+    rows = data.read_manifest(run / "cases")
+    tests, teaches = (next(r for r in rows if r.split == split) for split in ("site-test", "train"))
+    shutil.copy(run / "cases" / tests.image, run / "cases" / teaches.image)
+    named = (adapt_site.assemble(run, how) / "manifest.csv").read_text()
+    assert teaches.patient not in named and sum(r.patient == teaches.patient for r in rows) == 2
+    teaching, left_out = adapt_site.teachers(run)
+    assert {r.patient for r in left_out} == {teaches.patient} and len(left_out) == 2 and teaching
+    assert "2 cases of 1" in str(adapt_site._left_out(run))
+
+
 @pytest.fixture
 def with_generator(how: adapt_site.Settings, tmp_path: Path) -> adapt_site.Settings:
     """The same site with a tiny generator; a few strangers are enough, so that it takes seconds."""

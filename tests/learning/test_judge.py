@@ -69,6 +69,29 @@ def test_a_site_too_small_to_judge_is_refused() -> None:
     assert "it takes 8 of each" in refused(evidence(site=read(count=12)))
 
 
+def test_a_site_without_test_patients_is_refused() -> None:
+    """Where chance left nobody to judge on, the night is refused and does not fail."""
+    nobody = Read("the site's test patients", *np.zeros((2, 0)), np.zeros(0, np.int64), *np.zeros((2, 0), np.str_))
+    assert "0 patients with a cancer and 0 without" in refused(evidence(site=nobody))
+
+
+def test_lost_outlines_are_refused() -> None:
+    """A candidate that draws beside the lesion is refused, on either set, however well it ranks."""
+    drawn = {"before_overlap": np.full(60, 0.8), "after_overlap": np.full(60, 0.72)}
+    assert refused(evidence(site=read(**drawn))) == ""
+    drawn["after_overlap"] = np.full(60, 0.6)
+    assert "outlines overlap" in refused(evidence(site=read(**drawn)))
+    assert "outlines overlap" in refused(evidence(release=(read("the release", seed=5, **drawn),)))
+    drawn["after_overlap"] = np.full(60, np.nan)
+    assert "outlines overlap" in refused(evidence(site=read(**drawn)))
+
+
+def test_a_candidate_that_declines_its_patients_is_refused() -> None:
+    """A gate that the site's own patients do not pass is refused: what is declined helps nobody."""
+    assert refused(evidence(site=read(before_strange=10, after_strange=30))) == ""
+    assert "it would decline them" in refused(evidence(site=read(before_strange=10, after_strange=31)))
+
+
 def test_lost_calibration_and_sensitivity_are_refused() -> None:
     """Calibration within limits, and a floor of sensitivity at the rule-out score."""
     one = read()
@@ -84,6 +107,16 @@ def test_a_group_that_loses_is_refused() -> None:
     assert "site's test patients, B: AUC drops" in refused(
         evidence(site=dataclasses.replace(one, after=worse)), Rules(not_worse=1.0)
     )
+
+
+@pytest.mark.parametrize("where", ["site", "release"])
+def test_a_candidate_that_gives_no_number_is_refused(where: str) -> None:
+    """What could not be measured does not hold: one image of a locked set without a score is enough."""
+    for one in (read(), read("the release", seed=5)):
+        after = one.after.copy()
+        after[3] = np.nan
+        silent = dataclasses.replace(one, after=after)
+        assert refused(evidence(**{where: silent if where == "site" else (silent,)}))
 
 
 def test_an_unclean_privacy_report_is_refused() -> None:

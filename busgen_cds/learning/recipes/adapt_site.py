@@ -8,6 +8,7 @@ Rules:
 - Half of the teaching patients, these among them, are held back from the generator, as the strangers of its privacy
   audit; where they are too few for one, no generator is adapted. Images that the audit does not find clean are removed
   before a reader is trained. The report says either.
+- One person may have two ids: a teaching patient who shows a test patient's very images is that patient, and left out.
 - A site without a generator adapts its reader without generated images of its own; the report says so.
 - A candidate is put together as the live reader is: so many members, the same of them drawing, mirrored or not.
 - The release's images take part in training and calibration where generated images have a share of the lessons; those
@@ -33,7 +34,7 @@ from numpy.typing import NDArray
 from busgen_cds import bundle, signing
 from busgen_cds.bundle import Bundle, Candidate
 from busgen_cds.errors import Misconfigured
-from busgen_cds.learning import calibrate, data, embed, export, judge, release, tasks
+from busgen_cds.learning import calibrate, data, embed, export, figures, judge, release, tasks
 from busgen_cds.learning.generator import ADAPTER as ADAPTER_FILE
 from busgen_cds.learning.generator import Generator
 from busgen_cds.learning.judge import Evidence, Material, Read, Rules, Verdict
@@ -100,9 +101,19 @@ def adapt_generator(run: Path, settings: Settings) -> str:
 
 def _sides(run: Path) -> tuple[list[data.Row], list[data.Row]]:
     """Teaching cases with a lesion: those the generator may learn from, and those of the patients held back from it."""
-    teaching = [row for row in data.read_manifest(run / CASES) if row.split == "train"]
+    teaching = teachers(run)[0]
     held, lesions = _one_in(GENERATOR_SHARE, teaching), [row for row in teaching if row.lesion]
     return [r for r in lesions if r.patient not in held], [r for r in lesions if r.patient in held]
+
+
+def teachers(run: Path) -> tuple[list[data.Row], list[data.Row]]:
+    """The cases that teach; and, left out of them, all of those patients who show an image of a test patient."""
+    rows = data.read_manifest(run / CASES)
+    shown = {row.image: signing.digest((run / CASES / row.image).read_bytes()) for row in rows}
+    tested = {shown[row.image] for row in rows if row.split == "site-test"}
+    teaching = [row for row in rows if row.split == "train"]
+    same = {row.patient for row in teaching if shown[row.image] in tested}
+    return [r for r in teaching if r.patient not in same], [r for r in teaching if r.patient in same]
 
 
 def _task() -> fewshot.Source:
@@ -198,7 +209,7 @@ def assemble(run: Path, settings: Settings) -> Path:
         return root
     shutil.rmtree(root, ignore_errors=True)
     made = [value.moved(r, run / IMAGES) for r in data.read_manifest(run / IMAGES)] if _any(run / IMAGES) else []
-    rows = [r for r in data.read_manifest(run / CASES) if r.split == "train"]
+    rows = teachers(run)[0]
     held = _one_in(VAL_SHARE, rows)
     ours = [value.moved(r, run / CASES) | {"split": "val" if r.patient in held else "train"} for r in rows]
     replays = settings.reader.generated > 0
@@ -308,6 +319,7 @@ def verdict(run: Path, settings: Settings, live: Bundle) -> Verdict:
         found = judge.judge(evidence(run, settings, live, made), settings.rules)
         notes = [
             {"title": "The release set", "rows": [[_which(settings)]]},
+            *_left_out(run),
             {"title": "The generator", "rows": [[_skipped(run) or "adapted; its images took part"]]},
         ]
         _write(path, json.dumps({"reasons": found.reasons, "tables": [*found.tables, *notes]}))
@@ -315,11 +327,17 @@ def verdict(run: Path, settings: Settings, live: Bundle) -> Verdict:
     return Verdict(tuple(document["reasons"]), tuple(document["tables"]))
 
 
+def _left_out(run: Path) -> list[Mapping[str, Any]]:
+    twins = teachers(run)[1]
+    said = f"{len(twins)} cases of {len({row.patient for row in twins})}: they show images of test patients"
+    return [{"title": "Teaching patients left out", "rows": [[said]]}] if twins else []
+
+
 def evidence(run: Path, settings: Settings, live: Bundle, made: Candidate) -> Evidence:
     readers = (_Opened.of(live.manifest, live.files, settings), _Opened.of(made.manifest, made.files, settings))
     rows = data.read_manifest(run / CASES)
     test = data.load(run / CASES, [r for r in rows if r.split == "site-test"])
-    taught = data.load(run / CASES, [r for r in rows if r.split == "train"])
+    taught = data.load(run / CASES, teachers(run)[0])
     sets = tuple(_read(name, images, readers) for name, images in _release_sets(settings))
     return Evidence(
         _read("the site's test patients", test, readers),
@@ -369,26 +387,38 @@ class _Opened:
     def log_odds(self, read: calibrate.Readings) -> NDArray[np.float64]:
         return self.manifest.calibration.scale * read.malignancy + self.manifest.calibration.offset
 
+    def strange(self, read: calibrate.Readings) -> int:
+        """Images beyond the gate: it would decline them."""
+        return int((self.gate.distance(read.embedding) > self.manifest.thresholds.domain).sum())
+
+    def overlap(self, read: calibrate.Readings, images: data.Images) -> NDArray[np.float64]:
+        """Of each lesion whose outline is known."""
+        drawn = np.array([bool(row.mask) for row in images.rows], np.bool_) & (images.lesion == 1)
+        return figures.dice(read.mask[drawn] > self.manifest.thresholds.mask, calibrate.half(images.mask[drawn]))
+
     @property
     def rule_out(self) -> float:
         return make_bundle.lowest_suspicion(self.manifest.thresholds)
 
 
 def _read(name: str, images: data.Images, readers: tuple[_Opened, _Opened]) -> Read:
-    before, after = (reader.log_odds(calibrate.read(reader.run, images.image)) for reader in readers)
+    live, made = readers
+    if not images.rows:
+        return Read(name, np.zeros(0), np.zeros(0), images.malignant, np.zeros(0, np.str_), np.zeros(0, np.str_))
+    before, after = (calibrate.read(reader.run, images.image) for reader in readers)
     groups = np.array([row.labels.get("device", "") for row in images.rows])
     return Read(
-        name, before, after, images.malignant, images.patients, groups, readers[0].rule_out, readers[1].rule_out
+        name, live.log_odds(before), made.log_odds(after), images.malignant, images.patients, groups,
+        live.rule_out, made.rule_out, live.overlap(before, images), made.overlap(after, images),
+        live.strange(before), made.strange(after),
     )  # fmt: skip
 
 
 def _material(images: data.Images, live: _Opened) -> Material:
     read = calibrate.read(live.run, images.image)
-    strange = int((live.gate.distance(read.embedding) > live.manifest.thresholds.domain).sum())
     pictures = [image.tobytes() for image in images.image]
-    return Material(
-        live.log_odds(read), images.malignant, images.patients, len(pictures) - len(set(pictures)), strange
-    )  # fmt: skip
+    copies = len(pictures) - len(set(pictures))
+    return Material(live.log_odds(read), images.malignant, images.patients, copies, live.strange(read))
 
 
 def _write(path: Path, text: str) -> None:
