@@ -67,6 +67,8 @@ def features(embeddings: NDArray[np.float32]) -> Vector:
     """Whitened embeddings (N, K) of one study → the mean of their random Fourier features, (FEATURES,)."""
     if len(embeddings) == 0:
         return np.zeros(FEATURES)
+    if not np.isfinite(embeddings).all():
+        raise ValueError("an embedding is not a number")  # one of them in a sum would silence it for ever
     directions, phases = _projection(embeddings.shape[1])
     # cos(w·x + b), w ~ N(0, 1/σ²): its inner products are exp(−|x − y|² / 2σ²); σ² = K, half the mean squared distance
     waves = np.cos(embeddings.astype(np.float64) @ directions + phases)

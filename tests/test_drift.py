@@ -59,6 +59,15 @@ def test_too_few_studies() -> None:
     assert drift.figures(studies(200, 0), studies(LIMITS.studies - 1, 1, shift=3.0), LIMITS) == ()
 
 
+@pytest.mark.parametrize("broken", [np.nan, np.inf])
+def test_what_is_no_number_is_not_added_up(broken: float) -> None:
+    """One study whose embedding is not a number would silence every later week: it is not counted."""
+    images = np.zeros((3, 16), np.float32)
+    images[1, 5] = broken
+    with pytest.raises(ValueError, match="not a number"):
+        drift.features(images)
+
+
 def test_psi() -> None:
     """Equal shares have no index; the index of a known change is the known one."""
     assert drift.psi([10, 20, 30], [100, 200, 300]) == pytest.approx(0, abs=1e-3)
