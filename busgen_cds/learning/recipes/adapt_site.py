@@ -128,15 +128,16 @@ def generate(run: Path, settings: Settings) -> str:
         return ""
     adapter = run / ADAPTER / ADAPTER_FILE
     gate = release.of(settings.generator, adapter) or release.of(settings.generator)
-    rows = data.read_manifest(run / CASES)
+    makes = Generator.load(settings.generator, adapter=adapter)
+    used = {row.labels.get("device", "") for row in data.read_manifest(run / CASES)}
     how = synthesise.Settings(
         count=settings.generated,
-        devices=tuple(sorted({r.labels.get("device", "") for r in rows} - {""})),
+        devices=tuple(sorted(used & set(makes.card.vocabulary.names["device"]))),  # a shot showed each
         filtered=gate is not None,
         shard=32,
     )
     torch.set_num_threads(settings.threads)
-    synthesise.generate(Generator.load(settings.generator, adapter=adapter), run / IMAGES, how, gate)
+    synthesise.generate(makes, run / IMAGES, how, gate)
     return ""
 
 
