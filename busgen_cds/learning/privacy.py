@@ -192,6 +192,7 @@ class PrivacyReport:
     dropped: int
     findings: tuple[Finding, ...]
     control: str  # what the positive control is, or that there is none
+    generator: str  # digest of the weights that were audited, an adapter's included
 
     @property
     def holds(self) -> bool:
@@ -237,7 +238,7 @@ def audit(
     findings = [finding for attack in attacks.values() for finding in attack(suspect, control, remembered)]
     said = control.name if control is not None else "none was made: membership concludes nothing"
     counts = (len(suspect.members), len(suspect.strangers), len(suspect.generated))
-    return PrivacyReport(suspect.name, *counts, made, dropped, tuple(findings), said)
+    return PrivacyReport(suspect.name, *counts, made, dropped, tuple(findings), said, suspect.makes.digest)
 
 
 def _finding(

@@ -151,7 +151,7 @@ def test_a_report_holds_only_when_every_attack_concluded() -> None:
     """One attack that concluded nothing, or none at all, and the report does not hold; NaN becomes "not measured"."""
     good = privacy.copies(leaking(0.0), None, {"pixels": embed.raw})[0]
     mute = dataclasses.replace(good, verdict="concludes nothing", control=privacy._nothing())
-    base = privacy.PrivacyReport("tiny", 60, 60, 100, 110, 10, (good,), "none")
+    base = privacy.PrivacyReport("tiny", 60, 60, 100, 110, 10, (good,), "none", "a digest")
     assert base.holds
     assert not dataclasses.replace(base, findings=(good, mute)).holds
     assert not dataclasses.replace(base, findings=()).holds
@@ -171,5 +171,6 @@ def test_an_audit_reads_what_was_generated(tmp_path: Path) -> None:
     settings = audit.Settings(control_steps=0)
     report = audit.audit(makes, "tiny", root, tmp_path / "made", {"pixels": embed.raw}, settings)
     assert (report.members, report.strangers, report.generated, report.made) == (16, 8, 4, 4)
+    assert json.loads(report.to_json())["generator"] == synthesise.maker(tmp_path / "made")
     gate = audit.build_filter(makes, root)
     assert gate.points.shape[0] == 2 * (10 * 4 + 6 * 12) and gate.threshold > 0  # every view, both ways

@@ -224,10 +224,10 @@ def test_what_the_filter_drops_is_replaced(tmp_path: Path) -> None:
 # Sharing
 
 
-def report(folder: Path) -> Path:
+def report(folder: Path, generator: str = "") -> Path:
     finding = privacy.Finding("copies", "share", Interval(0.0, 0, 0.01), Interval(1, 0.9, 1), 0.01, "passes")
     path = folder / "report.json"
-    path.write_text(privacy.PrivacyReport("tiny", 8, 4, 6, 6, 0, (finding,), "none").to_json())
+    path.write_text(privacy.PrivacyReport("tiny", 8, 4, 6, 6, 0, (finding,), "none", generator or tiny().digest).to_json())
     return path
 
 
@@ -298,6 +298,36 @@ def test_what_was_not_filtered_is_not_shared(six: Path, tmp_path: Path) -> None:
     """Images made for a measurement, without the release filter, stay where they are."""
     with pytest.raises(Misconfigured, match="without the release filter"):
         share.package(six, report(tmp_path), tmp_path / "out", TERMS, signer())
+
+
+def test_a_report_on_another_generator_is_refused(released: Path, tmp_path: Path) -> None:
+    """A package tells the risk of the generator that made it: a report on other weights stops it before it begins."""
+    with pytest.raises(Misconfigured, match="with the generator, and the adapter, that made them"):
+        share.package(released, report(tmp_path, tiny(seed=1).digest), tmp_path / "out", TERMS, signer())
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_report_that_names_no_weights_is_refused(released: Path, tmp_path: Path) -> None:
+    """A report from before reports named their weights: run the audit again, or make images that name theirs."""
+    old = json.loads(report(tmp_path).read_text())
+    del old["generator"]
+    (tmp_path / "old.json").write_text(json.dumps(old))
+    with pytest.raises(Misconfigured, match="run `busgen-cds privacy` on these images again"):
+        share.package(released, tmp_path / "old.json", tmp_path / "out", TERMS, signer())
+    nameless = shutil.copytree(released, tmp_path / "nameless")
+    question = json.loads((nameless / synthesise.QUESTION).read_text())
+    del question["generator"]
+    (nameless / synthesise.QUESTION).write_text(json.dumps(question))
+    with pytest.raises(Misconfigured, match="make the images anew"):
+        share.package(nameless, report(tmp_path), tmp_path / "out", TERMS, signer())
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", "image,mask"])
+def test_what_is_no_report_is_refused(released: Path, tmp_path: Path, text: str) -> None:
+    """Any other file in the report's place is named as that."""
+    (tmp_path / "note.json").write_text(text)
+    with pytest.raises(Misconfigured, match="is no privacy report"):
+        share.package(released, tmp_path / "note.json", tmp_path / "out", TERMS, signer())
 
 
 def test_only_generated_images_are_shared(six: Path, tmp_path: Path) -> None:

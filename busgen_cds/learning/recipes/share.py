@@ -1,7 +1,8 @@
 """A package of generated images that another site can use, and can check.
 
 Rules:
-- Only generated images enter; every one passed the release filter, and the privacy report says what that is worth.
+- Only generated images enter; every one passed the release filter, and the privacy report says what that is worth:
+  a report on the generator that made these very images, and on no other.
 - The package says everything about itself: labels, Croissant metadata, a data card, the report, checksums.
 - It is signed last: a folder without its signature is no package. `verify` follows the same rules as a bundle.
 - Whoever writes DICOM is handed in; nothing here knows it.
@@ -70,7 +71,7 @@ def package(
     rows = _rows(generated)
     if not synthesise.is_filtered(generated):
         raise Misconfigured(f"{generated} was made without the release filter, for a measurement: it is not shared.")
-    told = json.loads(_read(report, "the privacy report"))
+    told = _report_on(generated, report)
     counts = json.loads(_read(generated / synthesise.SUMMARY, "the count of dropped images"))
     out.mkdir(parents=True, exist_ok=True)
     for i, row in enumerate(rows):
@@ -107,6 +108,33 @@ def _rows(generated: Path) -> list[dict[str, str]]:
     if strange or not rows:
         raise Misconfigured(f"Only generated images are shared; {generated} holds {strange[:1] or 'none'}.")
     return rows
+
+
+def _report_on(generated: Path, report: Path) -> dict[str, Any]:
+    """The privacy report on the generator that made these images."""
+    try:
+        told: Any = json.loads(_read(report, "the privacy report"))
+    except ValueError:
+        told = None
+    if not isinstance(told, dict) or not {"of", "members", "findings", "holds"} <= set(told):
+        raise Misconfigured(f"{report} is no privacy report: `busgen-cds privacy` writes one, privacy.json.")
+    audited, maker = told.get("generator"), synthesise.maker(generated)
+    if not audited:
+        raise Misconfigured(
+            f"{report} does not name the weights that it audited, for it is from an older version: run"
+            " `busgen-cds privacy` on these images again."
+        )
+    if not maker:
+        raise Misconfigured(
+            f"{generated} does not name the generator that made it: make the images anew with `busgen-cds generate`."
+        )
+    if audited != maker:
+        raise Misconfigured(
+            f"{report} is on {told['of']} with the weights {audited[:16]}; {generated} was made by the weights"
+            f" {maker[:16]}. Run `busgen-cds privacy` on these images with the generator, and the adapter, that made"
+            " them."
+        )
+    return told
 
 
 def _copy(generated: Path, out: Path, row: dict[str, str], number: int, dicom: Writer | None) -> None:

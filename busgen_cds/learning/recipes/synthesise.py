@@ -255,8 +255,17 @@ def read_counts(folder: Path) -> Counts:
 
 def is_filtered(folder: Path) -> bool:
     """Whether a folder's images passed a release filter."""
-    question = folder / QUESTION
-    return question.exists() and bool(json.loads(question.read_text(encoding="utf-8"))["filtered"])
+    return bool(_question(folder).get("filtered"))
+
+
+def maker(folder: Path) -> str:
+    """The digest of the generator that made a folder's images; empty where the folder does not name it."""
+    return str(_question(folder).get("generator", ""))
+
+
+def _question(folder: Path) -> dict[str, Any]:
+    path = folder / QUESTION
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
 
 
 def read_images(folder: Path, size: int, most: int | None = None) -> tuple[embed.Squares, list[dict[str, str]]]:
