@@ -302,10 +302,14 @@ def share(
     now = datetime.datetime.now(datetime.UTC)
     terms = recipe.Terms(name, version, creator, now.date().isoformat())
 
-    def write(made: recipe.Made) -> bytes:
-        one = f"{name}-{version}-{made.number:07d}"
-        return synthetic.study([made.image], name=one, at=now, manufacturer=made.device or "unknown")[0]
+    def named(number: int) -> str:
+        return f"{name}-{version}-{number:07d}"
 
+    def write(made: recipe.Made) -> bytes:
+        return synthetic.study([made.image], name=named(made.number), at=now, manufacturer=made.device or "unknown")[0]
+
+    if dicom:
+        synthetic.check_name(named(0))
     with Progress(console=console) as progress:
         bar = progress.add_task("images")
         recipe.package(
@@ -318,6 +322,29 @@ def share(
             lambda done, total: progress.update(bar, completed=done, total=total),
         )
     console.print(f"Package: {out}, signed by key {signing.key_id(secret.public_key())}")
+
+
+@app.command("verify-package")
+def verify_package(
+    package: Annotated[Path, typer.Argument(help="Folder of a package that `share` made.")],
+    key: Annotated[Path, typer.Option(help="Public key (PEM) of who made it; it came on another way.")],
+) -> None:
+    """Check a shared package: its maker's signature, and that every file, and no other, is what was signed."""
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+    from cryptography.hazmat.primitives.serialization import load_pem_public_key
+
+    from busgen_cds import signing
+    from busgen_cds.errors import Misconfigured
+    from busgen_cds.learning.recipes import share as recipe
+
+    try:
+        public = load_pem_public_key(key.read_bytes())
+    except (OSError, ValueError) as wrong:
+        raise Misconfigured(f"{key} is no public key (PEM): {wrong}.") from wrong
+    if not isinstance(public, Ed25519PublicKey):
+        raise Misconfigured(f"{key} is no Ed25519 public key: `openssl pkey -in key.pem -pubout` writes that of a key.")
+    said = recipe.verify(package, signing.Verifier.of((public, frozenset({recipe.KIND}))))
+    console.print(f"{said['name']} {said['version']} of {said['date']}: signature and {len(said['files'])} files hold.")
 
 
 @app.command()

@@ -3,6 +3,7 @@
 Rules:
 - Synthetic Data (0008,001C) is YES on every instance, and the patient's name says so too.
 - The same arguments give the same bytes, UIDs included.
+- A name that DICOM would cut or read otherwise is refused.
 """
 
 from __future__ import annotations
@@ -17,10 +18,13 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, UltrasoundImageStorage, UltrasoundMultiFrameImageStorage
 
 from busgen_cds import signing
+from busgen_cds.errors import Misconfigured
 from busgen_cds.study import Spacing
 
 CENTIMETRES = 3  # PS3.3 C.8.5.5.1.15: physical units code
 USUAL = Spacing(0.1, 0.1)
+PATIENT = "Synthetic^"
+MOST_NAME = 64 - len(PATIENT)  # PS3.5 6.2: a person's name (PN) has 64 characters at most
 TWO_D, TISSUE = 1, 1  # PS3.3 C.8.5.5.1.1 and .2: spatial format and data type
 
 
@@ -34,11 +38,21 @@ def study(
     manufacturer: str = "Synthetic scanner",
 ) -> list[bytes]:
     """One study with an instance for each image: grey (rows, columns), or (frames, rows, columns) for a cine."""
+    check_name(name)
     study_uid = derived_uid("synthetic study", name)
     return [
         _instance(image, number, study_uid, name, at, spacing, description, manufacturer)
         for number, image in enumerate(images, 1)
     ]
+
+
+def check_name(name: str) -> None:
+    """PS3.5 6.2: what a person's name and an identifier (PN, LO) may hold; ^ and = part a name, \\ parts values."""
+    if not 0 < len(name) <= MOST_NAME or not name.isprintable() or set(name) & set("\\^="):
+        raise Misconfigured(
+            f"{name!r} cannot stand in a DICOM patient's name: {MOST_NAME} printable characters at most, none of them"
+            f" \\ ^ or =; it has {len(name)}."
+        )
 
 
 def derived_uid(*what: object) -> str:
@@ -67,7 +81,7 @@ def _instance(
     ds.AccessionNumber = ds.ReferringPhysicianName = ""
     ds.Modality, ds.Manufacturer, ds.ManufacturerModelName = "US", manufacturer, "Generated"
     ds.StudyDescription = description
-    ds.PatientName, ds.PatientID = f"Synthetic^{name}", f"SYN-{name}"
+    ds.PatientName, ds.PatientID = f"{PATIENT}{name}", f"SYN-{name}"
     ds.PatientBirthDate, ds.PatientSex = "", "F"
     ds.BodyPartExamined = "BREAST"
     ds.StudyInstanceUID, ds.SeriesInstanceUID = study_uid, derived_uid("synthetic series", name)

@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from PIL import Image
+from typer.testing import CliRunner
 
-from busgen_cds import signing
+from busgen_cds import cli, signing
 from busgen_cds.errors import Misconfigured, Untrusted
 from busgen_cds.learning import conditions, data, embed, privacy, release
 from busgen_cds.learning.figures import Interval
@@ -227,7 +229,8 @@ def test_what_the_filter_drops_is_replaced(tmp_path: Path) -> None:
 def report(folder: Path, generator: str = "") -> Path:
     finding = privacy.Finding("copies", "share", Interval(0.0, 0, 0.01), Interval(1, 0.9, 1), 0.01, "passes")
     path = folder / "report.json"
-    path.write_text(privacy.PrivacyReport("tiny", 8, 4, 6, 6, 0, (finding,), "none", generator or tiny().digest).to_json())
+    digest = generator or tiny().digest
+    path.write_text(privacy.PrivacyReport("tiny", 8, 4, 6, 6, 0, (finding,), "none", digest).to_json())
     return path
 
 
@@ -268,6 +271,53 @@ def test_a_package_that_was_touched_is_refused(package: Path, harm: str) -> None
     }[harm]()
     with pytest.raises(Untrusted):
         share.verify(package, trusted())
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> Path:
+    """A folder with key.pem and public.pem, and public.pem of somebody else."""
+    for name, secret in (("", signer().key), ("other-", Ed25519PrivateKey.generate())):
+        private = secret.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+        public = secret.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+        (tmp_path / f"{name}key.pem").write_bytes(private)
+        (tmp_path / f"{name}public.pem").write_bytes(public)
+    return tmp_path
+
+
+def asked(images: Path, keys: Path) -> tuple[object, ...]:
+    return ("--images", images, "--report", report(keys), "--creator", "us", "--key", keys / "key.pem")
+
+
+def run(*words: object) -> str:
+    """A verb's output; what it raises, to be shown to its user, is raised here."""
+    return CliRunner().invoke(cli.app, [str(word) for word in words], catch_exceptions=False).output
+
+
+def test_what_one_site_shares_another_verifies(released: Path, keys: Path) -> None:
+    """`share` and `verify-package` by their options: an altered package, another's key, a foreign file are refused."""
+    package, public = keys / "package", keys / "public.pem"
+    run("share", *asked(released, keys), "--out", package, "--name", "n" * 44)
+    assert "signature and 22 files hold" in " ".join(run("verify-package", package, "--key", public).split())
+    for key, said in (("other-public.pem", "No trusted key has signed"), ("key.pem", "no public key")):
+        with pytest.raises((Untrusted, Misconfigured), match=said):
+            run("verify-package", package, "--key", keys / key)
+    for foreign in (public, released):
+        with pytest.raises(Untrusted, match="is not signed"):
+            run("verify-package", foreign, "--key", public)
+    (package / share.CARD).write_text("It proves everything.")
+    with pytest.raises(Untrusted, match=r"card\.md changed, added or taken away"):
+        run("verify-package", package, "--key", public)
+
+
+@pytest.mark.parametrize("name", ["n" * 45, "a\\b", "a^b", "a=b", "a\nb"])
+def test_a_name_that_dicom_does_not_allow_is_refused(released: Path, keys: Path, name: str) -> None:
+    """Too long, or with a sign that parts names: said before anything is written; without DICOM it may be."""
+    how = (*asked(released, keys), "--out", keys / "out", "--name", name, "--version", "1")
+    with pytest.raises(Misconfigured, match="DICOM patient's name"):
+        run("share", *how)
+    assert not (keys / "out").exists()
+    run("share", *how, "--no-dicom")
+    assert (keys / "out" / share.ENVELOPE).exists()
 
 
 def test_the_metadata_follows_croissant(package: Path) -> None:

@@ -97,7 +97,10 @@ def verify(folder: Path, verifier: signing.Verifier) -> dict[str, Any]:
     found = _digests(folder)
     wrong = [name for name in sorted({*found, *contents["files"]}) if found.get(name) != contents["files"].get(name)]
     if wrong:
-        raise Untrusted(f"Not the package that was signed: {wrong[0]} and {len(wrong) - 1} more files differ.")
+        others = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise Untrusted(
+            f"{folder} is not the package that was signed: {wrong[0]}{others} changed, added or taken away."
+        )
     return contents
 
 
