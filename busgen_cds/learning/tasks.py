@@ -16,6 +16,7 @@ import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from busgen_cds.errors import Misconfigured
 from busgen_cds.learning.data import UNKNOWN, Row
@@ -44,7 +45,8 @@ def read(path: Path) -> Task:
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
         classes = tuple(
-            TaskClass(c["name"], tuple(c["values"]), float(c.get("threshold", 0.5))) for c in document["classes"]
+            TaskClass(c["name"], words(path, "values", c["values"]), float(c.get("threshold", 0.5)))
+            for c in document["classes"]
         )
         task = Task(document["name"], document["column"], classes)
     except UnicodeDecodeError as error:
@@ -54,3 +56,10 @@ def read(path: Path) -> Task:
     if len(task.classes) < 2:
         raise Misconfigured(f"The task file {path} needs two classes at least.")
     return task
+
+
+def words(path: Path, name: str, given: Any) -> tuple[str, ...]:
+    """A list of words; a word alone would be taken letter by letter."""
+    if not isinstance(given, list | tuple) or not all(isinstance(each, str) for each in given):
+        raise Misconfigured(f'{path}: {name} is a list of words, as in {name} = ["one"]; got {given!r}.')
+    return tuple(given)

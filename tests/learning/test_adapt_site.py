@@ -194,6 +194,30 @@ def test_the_audit_always_has_strangers(with_generator: adapt_site.Settings, tmp
     assert not (few / "adapter").exists() and adapt_site.generate(few, with_generator) == ""
 
 
+def test_a_site_that_shows_one_class_adapts_no_generator(with_generator: adapt_site.Settings, tmp_path: Path) -> None:
+    """Benign lesions alone teach no malignant one: the generator is left out with a reason, and the night goes on."""
+    run = cases(tmp_path / "run")
+    rows = [r.labels | {"pathology": "benign"} for r in data.read_manifest(run / "cases")]
+    adapt_site._manifest(run / "cases", rows)
+    assert "shows the class malignant" in adapt_site.adapt_generator(run, with_generator)
+    assert adapt_site.generate(run, with_generator) == adapt_site.audit_privacy(run, with_generator) == ""
+    assert adapt_site.assemble(run, with_generator)
+
+
+@pytest.mark.slow
+def test_images_are_asked_for_of_devices_that_a_shot_showed(
+    with_generator: adapt_site.Settings, tmp_path: Path
+) -> None:
+    """A scanner of which only patients held back were seen is unknown to the adapter: no image is asked of it."""
+    run = cases(tmp_path / "run")
+    shots = {row.image for row in adapt_site._sides(run)[0]}
+    rows = [r.labels | {"device": "A" if r.image in shots else "new"} for r in data.read_manifest(run / "cases")]
+    adapt_site._manifest(run / "cases", rows)
+    assert adapt_site.adapt_generator(run, with_generator) == ""
+    adapt_site.generate(run, with_generator)
+    assert {row.labels["device"] for row in data.read_manifest(run / "images")} == {"A"}
+
+
 def test_a_night_keeps_to_its_threads(with_generator: adapt_site.Settings, tmp_path: Path) -> None:
     """The generator's stages, too, leave the other cores to whoever reads studies."""
     torch.set_num_threads(2)

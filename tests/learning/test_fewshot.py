@@ -125,6 +125,53 @@ def test_too_few_or_too_many_shots_are_refused(root: Path, tmp_path: Path, shots
         fewshot.choose(data.read_manifest(root), task(tmp_path), shots, 0)
 
 
+def test_a_class_that_nobody_shows_is_named(root: Path, tmp_path: Path) -> None:
+    """A task of two classes of which the data show one is refused: class and column are named."""
+    seen = [row for row in data.read_manifest(root) if row.labels["histology"] != "mucinous carcinoma"]
+    with pytest.raises(Misconfigured, match=r"shows the class mucinous \(histology = mucinous carcinoma\)"):
+        fewshot.choose(seen, task(tmp_path), 8, 0)
+    one = dataclasses.replace(task(tmp_path), classes=("cyst",))  # asked for alone
+    assert len(fewshot.choose(seen, one, 8, 0)) == 8
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('splits = "train"', "splits is a list of words"),
+        ('sources = "painted"', "sources is a list of words"),
+        ('classes = "cyst"', "classes is a list of words"),
+        ('classes = ["cist"]', "not of cist"),
+        ('most = "many"', "a whole number"),
+    ],
+)
+def test_a_word_in_a_list_s_place_is_refused(tmp_path: Path, line: str, said: str) -> None:
+    """`splits = "train"` was read letter by letter, and found no image."""
+    path = tmp_path / "task.toml"
+    path.write_text(f"{TASK.split('[shots]')[0]}[shots]\n{line}\n")
+    with pytest.raises(Misconfigured, match=said):
+        fewshot.read_task(path)
+    path.write_text(TASK.replace('values = ["cyst"]', 'values = "cyst"'))
+    with pytest.raises(Misconfigured, match="values is a list of words"):
+        fewshot.read_task(path)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"rank": 0}, {"steps": 0}, {"batch": 0}, {"views": 0}, {"seed": -1}, {"held_out": 1}]
+)
+def test_settings_that_teach_nothing_are_refused(wrong: dict[str, int]) -> None:
+    """A rank of nought, no step, no image: said in a sentence."""
+    with pytest.raises(Misconfigured, match="The adapter's"):
+        dataclasses.replace(QUICK, **wrong)
+
+
+def test_fewer_steps_than_a_report_takes_teach_too(root: Path, tmp_path: Path) -> None:
+    """An adapter of few steps is judged at its end: it was kept as it began."""
+    told: list[fewshot.Report] = []
+    how = dataclasses.replace(QUICK, steps=1, report_every=25)
+    fewshot.adapt(tiny(), root, task(tmp_path), tmp_path / "out", how, tell=told.append)
+    assert [report.step for report in told] == [0, 1]
+
+
 def test_shots_never_come_from_a_test_split(tmp_path: Path) -> None:
     """A task file that asks for shots of a test split is refused."""
     for split in ("test", "device-test", "site-test"):

@@ -49,6 +49,13 @@ class Settings:
     patience: int = 4  # reports without a lower held-out loss
     odds: Odds = dataclasses.field(default_factory=Odds)
 
+    def __post_init__(self) -> None:
+        for name in ("rank", "steps", "batch", "views", "report_every", "patience"):
+            if getattr(self, name) < 1:
+                raise Misconfigured(f"The adapter's {name} is a number from 1 on, not {getattr(self, name)}.")
+        if self.seed < 0 or self.rate < 0 or not 0 < self.held_out < 1:
+            raise Misconfigured("The adapter's seed and rate are from 0 on; the share held out is between 0 and 1.")
+
 
 @dataclass(frozen=True)
 class Source:
@@ -75,18 +82,20 @@ def read_task(path: Path) -> Source:
     task = tasks.read(path)
     document: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
     shots = document.get("shots", {})
-    splits = tuple(shots.get("splits", ("train",)))
+    if not isinstance(shots, dict) or not isinstance(most := shots.get("most", MOST), int):
+        raise Misconfigured(f"{path}: [shots] is a table, and its `most` a whole number.")
+    splits = tasks.words(path, "splits", shots.get("splits", ("train",)))
     sealed = set(splits) & set(NEVER)
     if sealed:
         raise Misconfigured(f"{path}: shots may not come from the split {', '.join(sorted(sealed))}.")
-    return Source(
-        task,
-        tuple(shots.get("sources", ())),
-        splits,
-        tuple(shots.get("classes", (c.name for c in task.classes))),
-        int(shots.get("most", MOST)),
-        str(document.get("surrogate", "")),
-    )
+    known = tuple(c.name for c in task.classes)
+    classes = tasks.words(path, "classes", shots.get("classes", known))
+    if not classes or set(classes) - set(known):
+        raise Misconfigured(
+            f"{path}: shots are of the classes {', '.join(known)}, not of {', '.join(classes) or 'none'}."
+        )
+    sources = tasks.words(path, "sources", shots.get("sources", ()))
+    return Source(task, sources, splits, classes, most, str(document.get("surrogate", "")))
 
 
 def choose(rows: Sequence[data.Row], source: Source, shots: int, seed: int) -> list[data.Row]:
@@ -114,6 +123,13 @@ def choose(rows: Sequence[data.Row], source: Source, shots: int, seed: int) -> l
                 chosen += groups.pop()[: shots - len(chosen)]
     if len(chosen) < FEWEST:
         raise Misconfigured(f"The task {source.task.name} finds {len(chosen)} images; {FEWEST} are needed at least.")
+    shown = {row.labels.get(source.task.column) for row in chosen}
+    for wanted in source.task.classes:
+        if wanted.name in source.classes and not shown & set(wanted.values):
+            raise Misconfigured(
+                f"None of the {len(chosen)} shots of the task {source.task.name} shows the class {wanted.name}"
+                f" ({source.task.column} = {' or '.join(wanted.values)}): an adapter would learn the others alone."
+            )
     return chosen
 
 
@@ -164,7 +180,7 @@ def adapt(
     step = 0
     for step in range(1, settings.steps + 1):
         loss = _step(makes, lessons, vocabulary, optimiser, free, settings, step)
-        if step % settings.report_every:
+        if step % settings.report_every and step < settings.steps:
             continue
         now = held_out(makes, judges)
         tell(Report(step, loss, now))
