@@ -133,10 +133,17 @@ def night_signer(chosen: Settings) -> signing.KeySigner:
 
 
 def promote(site: Site, digest: str, *, person: str, passphrase: str) -> Standing:
-    """Make a bundle of the shelf live, if an engine opens it here and the passphrase opens the promoter's key."""
+    """Make a bundle of the shelf live, if it read along in shadow, an engine opens it here, and the passphrase opens
+    the promoter's key."""
     signer = site_keys.promoter(site.settings.path(site.settings.models.promoter_key), passphrase)
-    engine.open(site.shelf.open(site.shelf.get(digest).digest), site.settings.reader.device).close()
-    return site.shelf.promote(site.shelf.get(digest).digest, person=person, signer=signer)
+    entry = site.shelf.get(digest)
+    if entry.state == "shadow" and not site.shadow.comparison(entry.digest).read:
+        raise Misconfigured(
+            f"{entry.name} {entry.version} has read no study in shadow yet, so nothing says how it does with this "
+            "site's studies: let it read along first. `busgen-cds bundle shadow` shows what it has read."
+        )
+    engine.open(site.shelf.open(entry.digest), site.settings.reader.device).close()
+    return site.shelf.promote(entry.digest, person=person, signer=signer)
 
 
 def roll_back(site: Site, *, person: str, passphrase: str) -> Standing:

@@ -74,6 +74,25 @@ def seal(payload: bytes, kind: str, signer: Signer) -> bytes:
     return canonical(envelope)
 
 
+def unverified(envelope: bytes, kind: str) -> bytes:
+    """The payload, whoever signed it: for what is only ever a reason to be more careful."""
+    return _parsed(envelope, kind)[0]
+
+
+def _parsed(envelope: bytes, kind: str) -> tuple[bytes, list[tuple[str, bytes]]]:
+    """The payload and its signatures, by the key that each names."""
+    try:
+        document = json.loads(envelope)
+        payload = base64.b64decode(document["payload"], validate=True)
+        said, signatures = document["payloadType"], document["signatures"]
+        pairs = [(s["keyid"], base64.b64decode(s["sig"], validate=True)) for s in signatures]
+    except (ValueError, KeyError, TypeError, binascii.Error) as broken:
+        raise Untrusted(f"Not a signed document ({kind}): {broken}") from broken
+    if said != kind:
+        raise Untrusted(f"A document of kind {said!r} was given where {kind!r} is needed.")
+    return payload, pairs
+
+
 @dataclass(frozen=True)
 class Verifier:
     """The keys that are trusted, each for the kinds of document it may sign."""
@@ -88,15 +107,7 @@ class Verifier:
         """The payload, if one trusted key vouches for it as this kind."""
         if not self.keys:
             raise Untrusted("No key is trusted: install the product's release keys or the site's own.")
-        try:
-            document = json.loads(envelope)
-            payload = base64.b64decode(document["payload"], validate=True)
-            said, signatures = document["payloadType"], document["signatures"]
-            pairs = [(s["keyid"], base64.b64decode(s["sig"], validate=True)) for s in signatures]
-        except (ValueError, KeyError, TypeError, binascii.Error) as broken:
-            raise Untrusted(f"Not a signed document ({kind}): {broken}") from broken
-        if said != kind:
-            raise Untrusted(f"A document of kind {said!r} was given where {kind!r} is needed.")
+        payload, pairs = _parsed(envelope, kind)
         for name, signature in pairs:
             if self._holds(name, signature, kind, payload):
                 return payload

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from busgen_cds.cli.console import HERE, Config, Json, console, opened, out, print_json, read_settings, table
+from busgen_cds.cli.custody import me
 from busgen_cds.errors import Misconfigured
 
 if TYPE_CHECKING:
@@ -176,7 +177,7 @@ def import_(
 @app.command()
 def keys(
     config: Config = HERE,
-    make: Annotated[bool, typer.Option("--make", help="Make the keys of a site that has none.")] = False,
+    make: Annotated[bool, typer.Option("--make", help="Make the keys that the site lacks.")] = False,
     passphrase: Annotated[bool, typer.Option("--passphrase", help="Change the promoter's passphrase.")] = False,
 ) -> None:
     """This site's public key, for sites that are to believe it; theirs go into its folder keys/trusted."""
@@ -187,6 +188,8 @@ def keys(
     if make:
         new = site_keys.new_passphrase()
         site_keys.make(file.parent, new)
+        with opened(config) as site:
+            _note_keys(site, file)
         console.print(f"The promoter's passphrase, shown this once: [bold]{new}[/]")
     if passphrase:
         old = typer.prompt("The passphrase now", hide_input=True)
@@ -194,6 +197,16 @@ def keys(
         site_keys.change_passphrase(file, old, new)
         console.print("Changed.")
     out.print(site_keys.pem(site_keys.promoter_public(file)), end="", markup=False)
+
+
+def _note_keys(site: Site, promoter: Path) -> None:
+    """A new promoter says from now on what is live: whose key it is stands in the record."""
+    from busgen_cds import signing
+    from busgen_cds.store import audit, site_keys
+
+    key = signing.key_id(site_keys.promoter_public(promoter))
+    with site.database.transaction() as session:
+        audit.record(session, audit.Act("signing keys made", me(), "", detail={"promoter": key}))
 
 
 @app.command()

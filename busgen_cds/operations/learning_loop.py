@@ -107,6 +107,7 @@ def night(site: Site) -> Iterator[None]:
 def night_stations(site: Site) -> adapt_site.Stations:
     chosen = site.settings
     how = _laboratory_settings(site)
+    _check_starts(site, how)
     return adapt_site.Stations(
         cases=case_stations(site),
         shelf=site.shelf,
@@ -119,6 +120,13 @@ def night_stations(site: Site) -> adapt_site.Stations:
         least_new_asked=chosen.adaptation.least_new_asked,
         asked=lambda: asked(site, site.shelf.live().digest),
     )
+
+
+def _check_starts(site: Site, how: recipe.Settings) -> None:
+    """What would end a night after hours ends it before it begins."""
+    from busgen_cds.learning.recipes import adapt_site as recipe
+
+    recipe.check_starts(how, site.shelf.live())
 
 
 def recipes(site: Site, how: recipe.Settings) -> adapt_site.Recipes:
@@ -212,6 +220,9 @@ def _laboratory_settings(site: Site) -> recipe.Settings:
     chosen, path = site.settings.adaptation, site.settings.path
     if not chosen.start:
         raise Misconfigured("Set adaptation.start to the checkpoints of the release's reader: nights begin from them.")
+    for name in ("release", "data", "generator", "encoder"):
+        if (said := getattr(chosen, name)) and not path(said).exists():
+            raise Misconfigured(f"adaptation.{name}: {path(said)} is not there.")
     release, named = release_set(site)
     reader = adapt_reader.Settings(
         method=chosen.method, steps=chosen.steps, kept=chosen.kept, threads=chosen.threads, generated=chosen.replay

@@ -89,6 +89,11 @@ class Comparison:
     changes: Mapping[tuple[Word, Word], int] = field(repr=False)  # (live, shadow) → studies
     largest: tuple[Beside, ...] = field(default=(), repr=False)
 
+    @property
+    def read(self) -> int:
+        """Studies that it could read: none of them, and it is not promoted."""
+        return self.studies - self.failed
+
 
 def word_of(result: Result) -> Word:
     if not isinstance(result, Assessed):

@@ -390,7 +390,7 @@ class Shelf:
             with suppress(Untrusted):
                 if home is None and self._live().digest == digest:
                     return self.standing()  # said already
-            floor = max(self._seen, self._number_on_file())
+            floor = max(self._seen, self._claimed_on_file())
             with self._database.transaction() as session:
                 row, last = self._row(session, digest), _last(session)
                 if last.number != heard:
@@ -456,6 +456,16 @@ class Shelf:
         except FileNotFoundError:
             return 0
         return int(json.loads(self.verifier.open(envelope, KIND))["number"])
+
+    def _claimed_on_file(self) -> int:
+        """The same, also when the key that vouches for it is gone: a new word is numbered above it."""
+        try:
+            payload = signing.unverified((self.folder / STATEMENT).read_bytes(), KIND)
+            return int(json.loads(payload)["number"])
+        except FileNotFoundError:
+            return 0
+        except (ValueError, KeyError, TypeError) as broken:
+            raise Untrusted(f"{self.folder / STATEMENT} is no statement of what is live: take it away.") from broken
 
     def _write_file(self, envelope: bytes) -> None:
         file = self.folder / STATEMENT

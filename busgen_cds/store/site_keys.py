@@ -52,15 +52,19 @@ def new_passphrase() -> str:
 
 
 def make(folder: Path, passphrase: str) -> None:
-    """Both keys of a new site; what is there is never overwritten."""
+    """Both keys of a site, or the one that it lacks; what is there is never overwritten."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     (folder / TRUSTED).mkdir(mode=0o700, exist_ok=True)
-    for name in (NIGHT, PROMOTER):
-        if (folder / name).exists():
-            raise Misconfigured(f"{folder / name} is there already: a site keeps its keys.")
-    night = Ed25519PrivateKey.generate()
-    _write(folder / NIGHT, night.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
-    _write(folder / PROMOTER, _sealed(Ed25519PrivateKey.generate(), passphrase))
+    night, promoter = Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate()
+    made = {
+        NIGHT: night.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()),
+        PROMOTER: _sealed(promoter, passphrase),
+    }
+    lacking = {name: data for name, data in made.items() if not (folder / name).exists()}
+    if not lacking:
+        raise Misconfigured(f"{' and '.join(made)} are in {folder} already: a site keeps its keys.")
+    for name, data in lacking.items():
+        _write(folder / name, data)
 
 
 def change_passphrase(file: Path, old: str, new: str) -> None:
@@ -147,7 +151,7 @@ def _read(file: Path) -> bytes:
         return file.read_bytes()
     except OSError as missing:
         raise Misconfigured(
-            f"{file} cannot be read ({missing.strerror}): make the site's keys with `busgen-cds bundle keys`."
+            f"{file} cannot be read ({missing.strerror}): make the site's keys with `busgen-cds bundle keys --make`."
         ) from missing
 
 

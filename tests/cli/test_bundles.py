@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 import sqlalchemy as sa
@@ -18,6 +19,7 @@ from busgen_cds.bundle import Candidate
 from busgen_cds.cli import bundles
 from busgen_cds.errors import Misconfigured, Untrusted
 from busgen_cds.operations import exchange
+from busgen_cds.result import BundleName, Declined
 from busgen_cds.store import site_keys
 from tests.store.test_shelf import REPORT, a_candidate
 from tests.test_settings import MINIMAL
@@ -39,6 +41,11 @@ class House:
 
     def shelves(self, candidate: Candidate) -> str:
         return self.site.shelf.put(candidate, report=REPORT, signer=app.night_signer(self.site.settings)).digest
+
+    def reads_beside(self, digest: str, *, why_not: str = "") -> None:
+        """A study that the bundle in shadow read beside the live one; or could not, and why."""
+        said = Declined("1.2", "", BundleName("live", "1", "0" * 64), "CPU", 1, 0, (), 0.1, "no image")
+        self.site.shadow.keep(digest, uuid4().hex, uuid4().hex, said, why_not or said, 0.1)
 
     def listed(self) -> dict[str, str]:
         return {each["version"]: each["state"] for each in json.loads(self.says("list", "--json").stdout)}
@@ -76,6 +83,10 @@ def test_from_the_shelf_to_live_and_back(houses: tuple[House, House]) -> None:
     digest = north.shelves(a_candidate("2"))
     assert isinstance(refusal(north.says("promote", digest[:10], "--who", "phil")), Misconfigured)
     assert north.says("shadow", digest[:10], "--who", "phil").exit_code == 0
+    north.reads_beside(digest, why_not="the network cannot be used")
+    assert "has read no study in shadow yet" in str(refusal(north.says("promote", digest[:10], "--who", "phil")))
+    assert north.listed()["2"] == "shadow"
+    north.reads_beside(digest)
     wrong = refusal(north.says("promote", digest[:10], "--who", "phil", passphrase="no, not this one"))
     assert "does not open" in str(wrong) and north.listed()["2"] == "shadow"
     done = north.says("promote", digest[:10], "--who", "phil")
@@ -95,6 +106,7 @@ def test_what_no_engine_opens_is_not_promoted(houses: tuple[House, House]) -> No
     files = {**readers.files(readers.network(without="spread")), bundle.CARD: b"# broken\n"}
     digest = north.shelves(Candidate(replace(readers.manifest(files), version="broken"), files))
     north.says("shadow", digest, "--who", "phil")
+    north.reads_beside(digest)
     before = north.site.shelf.standing()
     assert "cannot use" in str(refusal(north.says("promote", digest, "--who", "phil")))
     assert north.site.shelf.standing() == before
@@ -151,3 +163,23 @@ def test_the_sites_public_key(houses: tuple[House, House]) -> None:
     """`bundle keys` prints what another site needs to believe this one, and never a private key."""
     shown = houses[0].says("keys").stdout
     assert shown.startswith("-----BEGIN PUBLIC KEY-----") and "PRIVATE" not in shown
+
+
+def test_a_lost_promoter_key(tmp_path: Path) -> None:
+    """With another promoter's key, a person keeps live what was live: the passphrase that was lost opens nothing."""
+    house = House(tmp_path / "site", "West")
+    digest = house.shelves(a_candidate("2"))
+    house.says("shadow", digest, "--who", "phil")
+    house.reads_beside(digest)
+    assert house.says("promote", digest, "--who", "phil").exit_code == 0
+    (tmp_path / "site/keys/promoter.key").rename(tmp_path / "promoter.lost")
+    made = house.says("keys", "--make")
+    new = made.stderr.partition("this once: ")[2].split()[0]
+    house.site.close()
+    house.site = app.open_site(settings.read(house.file))
+    assert isinstance(refusal(house.says("verify", "live")), Untrusted)
+    assert "does not open" in str(refusal(house.says("promote", digest, "--who", "phil")))
+    again = house.says("promote", digest, "--who", "phil", passphrase=new)
+    assert again.exit_code == 0 and "statement 2" in again.stdout
+    assert digest in house.says("verify", "live").stdout and len(house.acts("signing keys made")) == 1
+    house.site.close()

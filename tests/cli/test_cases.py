@@ -87,6 +87,33 @@ def test_adapting_names_the_setting_that_is_missing(config: Path) -> None:
     assert isinstance(refused.exception, Misconfigured) and "adaptation.start" in str(refused.exception)
 
 
+WEIGHTS = Path(__file__).parents[2] / "docs/results/weights"
+FLOW = Path(__file__).parents[2] / "busgen_cds/weights/flow.safetensors"
+START = 'start = ["{one}", "{two}"]\n'
+
+
+@pytest.mark.parametrize(
+    ("two", "more", "said"),
+    [
+        ("nowhere.safetensors", "", "nowhere.safetensors cannot be read"),
+        (str(FLOW), "", "flow.safetensors is no reader's checkpoint"),
+        (str(WEIGHTS / "README.md"), "", "README.md is not a checkpoint of ours"),
+        (
+            str(WEIGHTS / "shipped-1.safetensors"),
+            'encoder = "nowhere.npz"\n',
+            "nowhere.npz is not there",
+        ),
+    ],
+)
+def test_what_a_night_cannot_begin_from_is_said_before_it(tmp_path: Path, two: str, more: str, said: str) -> None:
+    """A checkpoint that is missing, or another program's, is named when `adapt` starts, not after hours of work."""
+    start = START.format(one=WEIGHTS / "shipped-0.safetensors", two=two)
+    text = f"{settings_text('Here', 0.1, ['ANY'], '', 0)}\n[adaptation]\n{start}{more}"
+    config = app.found(tmp_path / "s", text, "a passphrase of some length")
+    with app.opened_site(settings.read(config)) as site, pytest.raises(Misconfigured, match=said):
+        learning_loop.night_stations(site)
+
+
 def test_a_clinic_without_the_training_packages_is_told_so(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without torch, `adapt` says what to install; cases are made and listed all the same."""
     import sys

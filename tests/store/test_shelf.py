@@ -366,6 +366,24 @@ def test_after_an_older_database(room: Room) -> None:
     assert room.live_version() == "2"
 
 
+def test_a_new_promoter_after_the_key_was_lost(room: Room) -> None:
+    """Nothing is live under a new promoter's key until a person says so with it, numbered above all that was said."""
+    room.promoted("2")
+    digest = room.promoted("3")
+    new = signing.KeySigner(Ed25519PrivateKey.generate())
+    believed = signing.Verifier.of(
+        *((key, kinds) for key, kinds in VERIFIER.keys.values() if shelf.KIND not in kinds),
+        (new.key.public_key(), frozenset({shelf.KIND})),
+    )
+    changed = Shelf(room.folder, room.database, believed, home=lambda: room.home)
+    with pytest.raises(Untrusted, match="No trusted key"):
+        changed.live()
+    with pytest.raises(Untrusted, match="No trusted key"):  # the old one says nothing any more
+        changed.promote(digest, person="phil", signer=PROMOTER)
+    assert changed.promote(digest, person="phil", signer=new).number == 3
+    assert changed.live().digest == digest and changed.statements()[-1].person == "phil"
+
+
 def test_a_bundle_that_does_not_verify_is_not_promoted(room: Room) -> None:
     """Promotion verifies first: an altered bundle stays where it is."""
     digest = room.shadowed("2")

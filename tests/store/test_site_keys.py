@@ -26,8 +26,18 @@ def test_made_once(keys: Path) -> None:
     night, promoter = keys / site_keys.NIGHT, keys / site_keys.PROMOTER
     assert {stat.S_IMODE(file.stat().st_mode) for file in (night, promoter)} == {0o600}
     assert site_keys.night(night).key_id != site_keys.promoter(promoter, PASSPHRASE).key_id
-    with pytest.raises(Misconfigured, match="there already"):
+    with pytest.raises(Misconfigured, match="already: a site keeps its keys"):
         site_keys.make(keys, PASSPHRASE)
+
+
+def test_a_lost_promoter_key_is_made_anew(keys: Path) -> None:
+    """Where the promoter's key was taken away, another is made, and the night's key stays what it was."""
+    night = site_keys.night(keys / site_keys.NIGHT).key_id
+    lost = site_keys.promoter(keys / site_keys.PROMOTER, PASSPHRASE).key_id
+    (keys / site_keys.PROMOTER).rename(keys / "promoter.lost")
+    site_keys.make(keys, "another one, just as long")
+    assert site_keys.night(keys / site_keys.NIGHT).key_id == night
+    assert site_keys.promoter(keys / site_keys.PROMOTER, "another one, just as long").key_id != lost
 
 
 def test_the_passphrase(keys: Path) -> None:

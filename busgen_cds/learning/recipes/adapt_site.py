@@ -189,18 +189,31 @@ def _skipped(run: Path) -> str:
 
 def train(run: Path, settings: Settings, live: Bundle) -> None:
     """Each member goes on from where it was, over the cases with the release's images among them."""
-    members = len(live.manifest.settings.get("members", settings.start))
-    if not settings.start or len(settings.start) != members:
-        raise Misconfigured(
-            f"adaptation.start names {len(settings.start)} checkpoints, and the live reader has {members} members: "
-            "name every checkpoint of its release, in their order."
-        )
+    check_starts(settings, live)
     root, replay = assemble(run, settings), run / LESSONS / "replay"
     for k, start in enumerate(settings.start):
         out = run / MEMBERS / str(k)
         if not (out / "member.safetensors").exists():
             how = dataclasses.replace(settings.reader, seed=settings.reader.seed + k, threads=settings.threads)
             adapt_reader.adapt(start, root, (SITE,), out, how, replay if _any(replay) else None)
+
+
+def check_starts(settings: Settings, live: Bundle) -> None:
+    """Each checkpoint that a night begins from is a member's, and there are as many as the live reader has."""
+    members = len(live.manifest.settings.get("members", settings.start))
+    if not settings.start or len(settings.start) != members:
+        raise Misconfigured(
+            f"adaptation.start names {len(settings.start)} checkpoints, and the live reader has {members} members: "
+            "name every checkpoint of its release, in their order."
+        )
+    for start in settings.start:
+        member = adapt_reader.open_member(start)
+        try:
+            adapt_reader.reader_of(member)
+        except (KeyError, TypeError, RuntimeError) as other:
+            raise Misconfigured(
+                f"adaptation.start: {start} is no reader's checkpoint: name those of the live reader's release."
+            ) from other
 
 
 def assemble(run: Path, settings: Settings) -> Path:
