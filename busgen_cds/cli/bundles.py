@@ -21,7 +21,16 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, help="The site's bundles: what each may do, and which one is live.")
 
-Who = Annotated[str, typer.Option("--who", prompt="Your name", help="Who says so; it is recorded.")]
+
+def _named(who: str) -> str:
+    from busgen_cds.store.shelf import NAMELESS
+
+    if not who.strip():
+        raise Misconfigured(NAMELESS)
+    return who.strip()
+
+
+Who = Annotated[str, typer.Option("--who", prompt="Your name", callback=_named, help="Who says so; it is recorded.")]
 Passphrase = Annotated[
     str,
     typer.Option(

@@ -113,6 +113,8 @@ def _receive_bundle(site: Site, file: Path, person: str, tell: Tell) -> str:
 def _send(
     site: Site, folder: Path, to: Path, what: What, name: str, version: str, person: str, passphrase: str, tell: Tell
 ) -> Contents:
+    if not to.parent.is_dir():
+        raise Misconfigured(f"{to.parent} is no folder: make it first.")
     said = parcel.pack(
         folder,
         to,

@@ -38,6 +38,7 @@ KIND = "application/vnd.busgen-cds.live+json"
 STATEMENT = "live.dsse.json"
 MANIFEST = "manifest.json"  # of a refused candidate: what it says of itself, unsigned
 
+NAMELESS = "Name the person who says so."
 SPOKEN = "Somebody else has just said what is live: look again, then decide."
 
 State = Literal["shelved", "shadow", "live", "retired", "refused"]
@@ -379,7 +380,7 @@ class Shelf:
 
     def _say(self, digest: str, verb: Verb, person: str, signer: signing.Signer) -> Standing:
         if not person.strip():
-            raise Misconfigured("Name the person who says so.")
+            raise Misconfigured(NAMELESS)
         with self._lock, _one_speaks():
             heard = self._last().number
             digest = digest or self.before()
@@ -532,6 +533,8 @@ class Shelf:
     def _move(
         self, session: Session, row: Any, verb: Verb, person: str, *, reasons: Sequence[str] = (), number: int = 0
     ) -> None:
+        if not person.strip():
+            raise Misconfigured(NAMELESS)
         now, mine = self._clock(), _shelf.c.digest == row.digest
         changed = {"state": step(row.state, verb), "since": now, "who": person}
         if reasons:

@@ -107,7 +107,12 @@ def trusted(folder: Path) -> dict[str, Ed25519PublicKey]:
     files: Iterable[Path] = sorted(folder.glob("*.pem")) if folder.is_dir() else ()
     found = {}
     for file in files:
-        key = load_pem_public_key(file.read_bytes())
+        try:
+            key = load_pem_public_key(file.read_bytes())
+        except ValueError as broken:
+            raise Misconfigured(
+                f"{file} holds no public key as `busgen-cds bundle keys` prints one: take it away."
+            ) from broken
         if not isinstance(key, Ed25519PublicKey):
             raise Misconfigured(f"{file} holds another kind of key than Ed25519: take it away.")
         found[file.stem] = key

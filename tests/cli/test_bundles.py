@@ -100,6 +100,15 @@ def test_from_the_shelf_to_live_and_back(houses: tuple[House, House]) -> None:
     assert north.acts("bundle promoted") == ["phil"] and north.acts("bundle rolled back to") == ["ada"]
 
 
+def test_nobody_says_nothing(houses: tuple[House, House], tmp_path: Path) -> None:
+    """What changes the shelf, or leaves the site, takes a name: a blank one is refused, and nothing changes."""
+    north, _ = houses
+    digest = north.shelves(a_candidate("nameless"))
+    for words in (("shadow", digest), ("withdraw", digest, "--reason", "no"), ("export", digest, tmp_path / "n")):
+        assert "Name the person" in str(refusal(north.says(*words, "--who", "  ")))
+    assert north.listed()["nameless"] == "shelved" and not (tmp_path / "n").exists()
+
+
 def test_what_no_engine_opens_is_not_promoted(houses: tuple[House, House]) -> None:
     """A bundle whose network cannot be used here is refused before anything is said."""
     north, _ = houses
@@ -119,6 +128,8 @@ def test_a_bundle_goes_to_another_site(houses: tuple[House, House], tmp_path: Pa
     digest, parcel = north.shelves(a_candidate("5")), tmp_path / "five.parcel"
     assert north.says("export", digest, parcel, "--who", "phil").exit_code == 0
     assert isinstance(refusal(south.says("import", parcel, "--who", "saskia")), Untrusted)  # nobody said to believe it
+    nowhere = refusal(north.says("export", digest, tmp_path / "nowhere" / "five.parcel", "--who", "phil"))
+    assert isinstance(nowhere, Misconfigured) and "is no folder" in str(nowhere)
     south.believes(north)
     done = south.says("import", parcel, "--who", "saskia")
     assert done.exit_code == 0 and "from North" in done.stdout

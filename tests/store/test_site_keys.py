@@ -80,3 +80,6 @@ def test_other_sites(keys: Path) -> None:
     (keys / site_keys.TRUSTED / "north-clinic.pem").write_text(site_keys.pem(other))
     assert site_keys.trusted(keys / site_keys.TRUSTED) == {"north-clinic": other}
     assert site_keys.trusted(keys / "nowhere") == {}
+    (keys / site_keys.TRUSTED / "a-letter.pem").write_text("Dear colleagues")
+    with pytest.raises(Misconfigured, match=r"a-letter\.pem holds no public key"):
+        site_keys.trusted(keys / site_keys.TRUSTED)
