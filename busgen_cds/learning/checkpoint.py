@@ -46,6 +46,19 @@ def write_text(path: Path, text: str) -> None:
     partial.replace(path)
 
 
+def same_work(path: Path, asked: Mapping[str, Any], what: str) -> None:
+    """A folder goes on with what it was begun with, as its note says; a folder without a note gets one."""
+    now = json.loads(json.dumps(asked))
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if other := sorted(name for name in before if before[name] != now.get(name)):
+        raise Misconfigured(
+            f"{path.parent} holds {what} with other settings (see {path.name}: {', '.join(other)}): choose another"
+            " folder."
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(now, sort_keys=True, indent=1))
+
+
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and notes of a checkpoint."""
     try:

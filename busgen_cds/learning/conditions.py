@@ -30,6 +30,7 @@ FOLD = 2  # cells of the outline per latent cell, each way
 OUTLINE = FOLD**2  # channels of the outline
 REACH = 0.1  # of the image's side: the distance at which the outline's plane is saturated
 NEAR_COPY = 0.01  # of the region: a box whose every edge is nearer than this to a training box is a copy
+MOST_DRAWS = 1000  # of a box, until one is nobody's
 BANDWIDTHS = (0.05, 0.08, 0.12, 0.18, 0.25, 0.35, 0.5, 0.7)  # of the standard deviation, each tried
 UNTOLD = 0.35  # where no box is held out to tell: wide, for a narrow one replays the training boxes
 
@@ -138,11 +139,15 @@ class BoxPrior:
         known = self.boxes[pathology]
         points = _open(known)
         width = self.bandwidth[pathology] * points.std(0)
-        while True:
+        for _ in range(MOST_DRAWS):
             point = points[rng.integers(len(points))] + width * rng.standard_normal(4)
             box = _close(point[None])[0]
             if not is_copy(box, known):
                 return Box(*map(float, box))
+        raise Misconfigured(
+            f"The boxes that are known for {pathology!r} are all alike, and any that is drawn is a training image's:"
+            " give a box or a mask, or train on more images."
+        )
 
 
 def is_copy(box: NDArray[np.float32], known: NDArray[np.float32]) -> bool:

@@ -92,7 +92,9 @@ def box_of(text: str) -> list[float] | None:
     try:
         left, top, right, bottom = (float(each) / 100 for each in text.split(","))
     except ValueError:
-        raise HTTPException(422, "A box is left, top, right and bottom in percent of the image.") from None
+        raise HTTPException(
+            422, "A box is left, top, right and bottom in percent of the image: fill in all four, or none."
+        ) from None
     if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
         raise HTTPException(422, "The box must lie in the image: left before right, top before bottom, 0 to 100.")
     return [left, top, right, bottom]

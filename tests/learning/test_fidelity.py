@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -158,6 +159,18 @@ def test_arms_differ_only_in_what_they_see() -> None:
     assert [run.seed for run in value.queue(value.arms(100), 2)[:7]] == [0] * 7
 
 
+def test_a_queue_answers_one_question(root: Path, tmp_path: Path) -> None:
+    """Other steps take another folder; more seeds do not, and a folder without a note goes on and gets one."""
+    (tmp_path / "runs" / "real-0").mkdir(parents=True)  # begun before settings were noted
+
+    def work(**other: int) -> int:
+        return value.work([], root, None, None, tmp_path / "runs", dataclasses.replace(PAINTED, **other))
+
+    assert work() == work(seeds=3) == 0
+    with pytest.raises(Misconfigured, match=r"with other settings \(see settings\.json: steps\)"):
+        work(steps=3)
+
+
 def test_duplicates_are_as_many_as_the_real_images(root: Path, tmp_path: Path) -> None:
     """The duplicate arm holds each real image twice and no other; validation is real in every arm."""
     folder = value.assemble(Run(Arm("twice", duplicates=1.0), 0), root, None, tmp_path / "arm", PAINTED)
@@ -211,6 +224,9 @@ def test_a_segmenter_is_compared_with_and_without(root: Path, tmp_path: Path) ->
     again = segmentation.measure(root, tmp_path / "grown", tiny().card, tmp_path / "runs", small, tell=told.append)
     assert again == found and not told
     assert "Gain" in segmentation.write(found, tmp_path).read_text()
+    with pytest.raises(Misconfigured, match="with other settings"):
+        longer = dataclasses.replace(small, steps=3)
+        segmentation.measure(root, tmp_path / "grown", tiny().card, tmp_path / "runs", longer)
 
 
 # Cost

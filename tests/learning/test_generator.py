@@ -239,6 +239,13 @@ def test_a_mask_s_box_is_found_where_the_region_lies() -> None:
     assert conditions.box_of(mask, place) == Box(0.25, 0.25, 0.5, 0.5)
 
 
+def test_boxes_that_are_all_alike_are_said() -> None:
+    """From one box, again and again, none can be drawn that is nobody's: a sentence, not a search without end."""
+    prior = conditions.fit_boxes({"benign": [Box(0.2, 0.2, 0.5, 0.5)] * 20}, {})
+    with pytest.raises(Misconfigured, match="'benign' are all alike"):
+        prior.draw("benign", np.random.default_rng(0))
+
+
 def test_the_box_prior_is_nobody_s_box() -> None:
     """No drawn box lies on a training box, every one lies in the image, and they scatter as the training boxes do."""
     known = some_boxes(200)

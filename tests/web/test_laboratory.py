@@ -133,6 +133,7 @@ def test_a_lesion_in_a_healthy_breast(phil: Browser) -> None:
         ({"pathology": "unknown"}, "knows no pathology"),
         ({"device": "unknown"}, "knows no device"),
         ({"box": "1,2,3"}, "A box is"),
+        ({"box": "10,,60,"}, "fill in all four, or none"),
         ({"box": "60,20,10,70"}, "must lie in the image"),
         ({"box": "nan,20,70,70"}, "must lie in the image"),
         ({"pathology": "normal", "box": "10,20,60,70"}, "no lesion"),
@@ -278,4 +279,8 @@ def test_in_a_browser(address: str, chromium: Any, scheme: str) -> None:
     person.page.fill("[data-side=left]", "90")
     person.page.click("#make")
     person.is_told("left before right")
-    person.done(expected=1)  # the browser itself notes the refusal
+    person.page.click("#no-box")
+    person.page.fill("[data-side=left]", "10")
+    person.page.click("#make")
+    person.is_told("fill in all four, or none")
+    person.done(expected=2)  # the browser itself notes each refusal

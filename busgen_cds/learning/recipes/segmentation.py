@@ -26,11 +26,11 @@ from monai.networks.nets.basic_unet import BasicUNet
 from numpy.typing import NDArray
 from torch import nn
 
-from busgen_cds.learning import data, figures
+from busgen_cds.learning import checkpoint, data, figures
 from busgen_cds.learning.generator import Card
 from busgen_cds.learning.recipes import synthesise
 
-NAME = "generator-segmentation"
+NAME, SETTINGS = "generator-segmentation", "settings.json"
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,7 @@ def measure(
     """Both arms, seed by seed; what was done before is read, not repeated."""
     rows = [row for row in data.read_manifest(root) if row.source == settings.source]
     _assert_unseen(rows, card, settings)
+    checkpoint.same_work(out / SETTINGS, {k: v for k, v in vars(settings).items() if k != "seeds"}, "results")
     train, test = (data.load(root, [r for r in rows if r.split == s], cache, settings.size) for s in ("train", "test"))
     made_rows = [row for row in data.read_manifest(generated) if row.source == synthesise.SOURCE]
     made = data.load(generated, made_rows, None, settings.size)

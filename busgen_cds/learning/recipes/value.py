@@ -6,7 +6,8 @@ Rules:
 - Every arm sees the same number of images, classes in the same balance; only what they are drawn from differs.
 - No patient of a test is seen by any part of an arm: not by its reader, nor by the generator, its autoencoder or its
   filter. This is asserted from what each says it learnt from.
-- A run is a folder with its result, or it is to be done: the queue may be stopped and called again at any time.
+- A run is a folder with its result, or it is to be done: the queue may be stopped and called again at any time,
+  for more seeds too; a queue of other settings takes another folder.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ import torch
 from numpy.typing import NDArray
 
 from busgen_cds.errors import Misconfigured
-from busgen_cds.learning import augment, data, embed, evaluate, figures
+from busgen_cds.learning import augment, checkpoint, data, embed, evaluate, figures
 from busgen_cds.learning.generator import Card
 from busgen_cds.learning.recipes import synthesise, train_reader
 
 NAME = "generator-value"
-RESULT = "value.json"
+RESULT, SETTINGS = "value.json", "settings.json"
 SETS = (
     *("BUS-BRA test", "BUS-BRA unseen devices", "BUSI external, lesions", "BUSI external, all 780"),
     *("BUSI test, lesions", "BUSI test, all", "BUS-UCLM, lesions", "BUS-UCLM, all"),
@@ -104,6 +105,7 @@ def work(
     tell: Callable[[str], None] = lambda line: None,
 ) -> int:
     """Do what is not done yet, at most so many; returns how many are left."""
+    checkpoint.same_work(out / SETTINGS, {k: v for k, v in vars(settings).items() if k != "seeds"}, "results")
     waiting = [run for run in runs if not (out / run.name / RESULT).exists()]
     for run in waiting[:most]:
         tell(f"{run.name}: {len(waiting)} runs to do")

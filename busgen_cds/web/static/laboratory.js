@@ -12,7 +12,7 @@ const CLICKED = { wide: 30, high: 24 }; // percent: the box of a mere click
 function keepBox() {
   const values = ["left", "top", "right", "bottom"].map((side) => sides[side].value);
   const whole = values.every((value) => value !== "");
-  wish.elements.box.value = whole ? values.join(",") : "";
+  wish.elements.box.value = values.some((value) => value !== "") ? values.join(",") : ""; // half a box is refused
   frame.hidden = !whole;
   if (!whole) return;
   const [left, top, right, bottom] = values.map(Number);
