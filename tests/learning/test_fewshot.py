@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -158,7 +159,7 @@ def test_a_word_in_a_list_s_place_is_refused(tmp_path: Path, line: str, said: st
 @pytest.mark.parametrize(
     "wrong", [{"rank": 0}, {"steps": 0}, {"batch": 0}, {"views": 0}, {"seed": -1}, {"held_out": 1}]
 )
-def test_settings_that_teach_nothing_are_refused(wrong: dict[str, int]) -> None:
+def test_settings_that_teach_nothing_are_refused(wrong: dict[str, Any]) -> None:
     """A rank of nought, no step, no image: said in a sentence."""
     with pytest.raises(Misconfigured, match="The adapter's"):
         dataclasses.replace(QUICK, **wrong)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -163,7 +164,7 @@ def test_a_queue_answers_one_question(root: Path, tmp_path: Path) -> None:
     """Other steps take another folder; more seeds do not, and a folder without a note goes on and gets one."""
     (tmp_path / "runs" / "real-0").mkdir(parents=True)  # begun before settings were noted
 
-    def work(**other: int) -> int:
+    def work(**other: Any) -> int:
         return value.work([], root, None, None, tmp_path / "runs", dataclasses.replace(PAINTED, **other))
 
     assert work() == work(seeds=3) == 0
