@@ -3,9 +3,9 @@
     python -m tests.bench.night DATA START… [--generator DIR --source busi] --out docs/results/night.md
 
 A source's B-mode images (BUS-UCLM's without being told) are the site's cases, kept and sealed as readers would have
-confirmed them; everything after that is the product. A generator is adapted only where enough patients can be held
-back, which BUS-UCLM does not have. Latency: one frame through the live engine, in a process of ordinary priority,
-before and during.
+confirmed them; everything after that is the product. A generator is adapted only where enough patients with a lesion
+can be held back: then the cases are lesions alone, and of a source that has so many. Latency: one frame through the
+live engine, in a process of ordinary priority, before and during.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,15 +47,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         config = app.found(Path(folder) / "site", _settings_text(chosen), "a passphrase of some length")
         with app.opened_site(settings.read(config)) as site:
-            count = confirm(learning_loop.casebook(site), chosen.data, chosen.source)
+            count = confirm(learning_loop.casebook(site), chosen.data, chosen.source, chosen.generator is not None)
             alone = latency(20)
             times, word, beside = night(site)
             digest = word.split()[1]
-            reasons = site.shelf.get(digest).reasons
-    chosen.out.write_text(
-        "\n".join(page(count, times, word.split()[0], reasons, alone, beside, chosen)), encoding="utf-8"
-    )
+            judged = site.shelf.get(digest)
+    said = [f"- {reason}" for reason in (*judged.reasons, f"the generator: {_said(judged.report, 'The generator')}")]
+    chosen.out.write_text("\n".join(page(count, times, word.split()[0], said, alone, beside, chosen)), encoding="utf-8")
     print(chosen.out.read_text())
+
+
+def _said(report: Mapping[str, Any], title: str) -> str:
+    return next(str(table["rows"][0][0]) for table in report["tables"] if table["title"] == title)
 
 
 def _settings_text(chosen: argparse.Namespace) -> str:
@@ -65,10 +68,11 @@ def _settings_text(chosen: argparse.Namespace) -> str:
     return f'{text}\n[adaptation]\nstart = [{start}]\ndata = "{chosen.data.resolve()}"\n{generator}'
 
 
-def confirm(book: Any, root: Path, source: str) -> dict[str, int]:
+def confirm(book: Any, root: Path, source: str, lesions_only: bool) -> dict[str, int]:
     """So many cases that teach, classes in turn, and all that test."""
     rows = data.read_manifest(root)
     mine = [r for r in rows if r.source == source and r.split != "excluded" and r.labels.get("doppler") != "1"]
+    mine = [r for r in mine if r.lesion] if lesions_only else mine
     counts = {"teach": 0, "test": 0}
     for row in site_adaptation.drawn(mine, len(mine), 0):
         patient = hashlib.sha256(row.patient.encode()).hexdigest()[:16]
@@ -136,7 +140,7 @@ def latency(count: int) -> list[float]:
 
 
 def page(
-    count: dict[str, int], times: dict[str, Taken], word: str, reasons: tuple[str, ...], alone: list[float],
+    count: dict[str, int], times: dict[str, Taken], word: str, said: list[str], alone: list[float],
     beside: list[float], chosen: argparse.Namespace,
 ) -> list[str]:  # fmt: skip
     load = os.getloadavg()[1]
@@ -154,7 +158,7 @@ def page(
         "",
         f"Bar: 60 minutes on two cores: {'met' if times['the whole night'][0] <= 3600 else 'missed'}."
         f" What became of the candidate: {word}.",
-        *(f"- {reason}" for reason in reasons),
+        *said,
         "",
         "| one frame through the live engine | median, ms | 95th percentile, ms | frames |",
         "|---|---|---|---|",
