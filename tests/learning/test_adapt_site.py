@@ -80,7 +80,7 @@ def bench(how: adapt_site.Settings, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)  # three exports to ONNX, a minute of processor time: much more on a busy machine
+@pytest.mark.timeout(900)  # three exports to ONNX, a minute of processor time: much more on a busy machine
 def test_a_night_ends_with_a_verdict_and_repeats_to_the_same_digest(
     bench: tuple[adapt_site.Settings, Bundle], tmp_path: Path
 ) -> None:

@@ -71,13 +71,13 @@ class Settings:
 
 def arms(real: int) -> list[Arm]:
     """The comparison that decides, at the count of real training images."""
-    ratios = [Arm(f"real+generated-x{r:g}", generated=round(r * real)) for r in (0.5, 1, 2)]
+    ratios = [Arm(f"real+generated-x{r:g}", generated=round(r * real)) for r in (0.25, 0.5, 1)]
     return [
         Arm("real, unaugmented", augmented=False),
         Arm("real"),
         Arm("real+duplicates", duplicates=1.0),
         *ratios,
-        Arm("generated only", real=0.0, generated=2 * real),
+        Arm("generated only", real=0.0, generated=real),
     ]
 
 
