@@ -191,8 +191,7 @@ def write(found: Sequence[Compared], judged: data.Images, out: Path, left: int, 
         "| arm | shots | AUC of each seed | gain (95 % interval over patients and seeds) |",
         "|---|---|---|---|",
         *(
-            f"| {f.arm} | {f.shots} | {', '.join(f'{x:.3f}' for x in f.seeds)} | {f.gain.value:+.3f}"
-            f" ({f.gain.low:+.3f} to {f.gain.high:+.3f}) |"
+            f"| {f.arm} | {f.shots} | {', '.join(f'{x:.3f}' for x in f.seeds)} | {site_adaptation.signed(f.gain)} |"
             for f in found
         ),
         "",

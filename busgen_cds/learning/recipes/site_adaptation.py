@@ -340,8 +340,8 @@ def _page(
         "| arm | cases | draws | AUC after | gain | gain, lesions only | change on BUS-BRA `test` | |",
         "|---|---|---|---|---|---|---|---|",
         *(
-            f"| {f.arm} | {f.cases} | {f.draws} | {f.auc:.3f} | {_signed(f.gain)} | {_signed(f.lesions)} |"
-            f" {_signed(f.home) if f.home else '–'} | {verdict(f, settings)} |"
+            f"| {f.arm} | {f.cases} | {f.draws} | {f.auc:.3f} | {signed(f.gain)} | {signed(f.lesions)} |"
+            f" {signed(f.home) if f.home else '–'} | {verdict(f, settings)} |"
             for f in found
         ),
         "",
@@ -368,7 +368,7 @@ def _bars(found: Sequence[Compared], settings: Settings) -> list[str]:
     for f in found:
         if f.cases == most and f.home:
             met, kept = f.gain.value >= BAR, f.home.value >= -DROP
-            lines.append(_bar(f"gain ≥ {BAR:+.2f} with {most} cases", f, settings, _signed(f.gain), met))
+            lines.append(_bar(f"gain ≥ {BAR:+.2f} with {most} cases", f, settings, signed(f.gain), met))
             lines.append(_bar(f"BUS-BRA drops by ≤ {DROP:.2f}", f, settings, f"{f.home.value:+.3f}", kept))
         if f.cases == fewest:
             held = f.gain.low > LOWEST
@@ -383,5 +383,6 @@ def _bar(bar: str, of: Compared, settings: Settings, found: str, met: bool) -> s
     return f"| {bar} | {of.arm} | {found} | {'met' if met else 'missed'}{few} |"
 
 
-def _signed(interval: Interval) -> str:
+def signed(interval: Interval) -> str:
+    """A change, with its sign at each end."""
     return f"{interval.value:+.3f} ({interval.low:+.3f} to {interval.high:+.3f})"
