@@ -192,6 +192,16 @@ def check_val(rows: Sequence[Row]) -> None:
         raise Misconfigured("Calibration needs a lesion with its outline in `val`: no row there names a mask.")
 
 
+def shuffled(rows: Iterable[Row]) -> list[Row]:
+    """In a fixed order that knows nothing of source or class: any stretch of it is a fair sample."""
+    return sorted(rows, key=lambda row: hashlib.sha256(row.image.encode()).digest())
+
+
+def sample(rows: list[Row], most: int) -> list[Row]:
+    """The rows as they are, or a fair sample where they are more than `most`."""
+    return rows if len(rows) <= most else shuffled(rows)[:most]
+
+
 def fold_of(patient: str, count: int) -> int:
     """Which of `count` folds a patient belongs to; the same on every machine."""
     return int(hashlib.sha256(patient.encode()).hexdigest()[:8], 16) % count

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from busgen_cds.errors import Misconfigured
-from busgen_cds.learning import checkpoint, conditions, networks, processes, questions
+from busgen_cds.learning import checkpoint, conditions, data, networks, processes, questions
 from busgen_cds.learning.conditions import Vocabulary
 from busgen_cds.learning.generator import Generator, Sampling
 from busgen_cds.learning.recipes import autoencode, encode, pretrain
@@ -67,6 +67,17 @@ def test_a_killed_autoencoder_run_goes_on_as_if_nothing_had_been(made: Path, tmp
     assert all(
         torch.equal(a, b) for a, b in zip(broken.state_dict().values(), whole.state_dict().values(), strict=True)
     )
+
+
+def test_an_autoencoder_holds_no_more_images_than_it_may(made: Path) -> None:
+    """Of millions it takes a fair sample, the same each time: memory does not grow with the data."""
+    rows = data.read_manifest(made / "data")
+    every = [row for row in rows if row.split == "train"]
+    images, val = autoencode.hold(made / "data", ("painted",), SIZE, 5, None)
+    again, _ = autoencode.hold(made / "data", ("painted",), SIZE, 5, None)
+    assert len(images) == 5 and len(val) <= 5 and images.rows == again.rows
+    assert list(images.rows) != every[:5]  # no list is in a fair order
+    assert len(autoencode.hold(made / "data", ("painted",), SIZE, 10**6, None)[0]) == len(every)
 
 
 def test_a_killed_flow_run_goes_on_to_the_same_loss(made: Path, tmp_path: Path) -> None:

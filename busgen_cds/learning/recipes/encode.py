@@ -93,10 +93,8 @@ def _same_work(path: Path, asked: dict[str, Any]) -> None:
 
 
 def spread(rows: Sequence[data.Row], split: str, size: int) -> list[list[data.Row]]:
-    """The rows of a split in a fixed order that knows nothing of source or class, cut into shards."""
-    mine = sorted(
-        (row for row in rows if row.split == split), key=lambda row: hashlib.sha256(row.image.encode()).digest()
-    )
+    """The rows of a split, shuffled and cut into shards."""
+    mine = data.shuffled(row for row in rows if row.split == split)
     return [mine[i : i + size] for i in range(0, len(mine), size)]
 
 

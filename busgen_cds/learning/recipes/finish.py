@@ -46,6 +46,7 @@ class Settings:
     seed: int = 0
     steps: int = 2500
     batch: int = 8
+    most: int = autoencode.MOST  # images held
     rate: float = 2e-4
     critic_rate: float = 6e-4
     warm_up: int = 50
@@ -123,8 +124,7 @@ def train(
     # Set up.
     makes = Generator.load(start)
     settings = dataclasses.replace(settings, sources=makes.card.trained_on, size=makes.card.size)
-    rows = [row for row in data.read_manifest(root) if row.source in settings.sources]
-    images, val = (data.load(root, [r for r in rows if r.split == s], cache, settings.size) for s in ("train", "val"))
+    images, val = autoencode.hold(root, settings.sources, settings.size, settings.most, cache)
     if not len(images) or not len(val):
         raise Misconfigured(f"No training or no validation images of {', '.join(settings.sources)} in {root}.")
     device = makes.device

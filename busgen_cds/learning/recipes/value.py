@@ -3,7 +3,8 @@
 Rules:
 - The arms: real; real with classic augmentation; real with as many duplicates; real with generated images at several
   ratios; generated only. Besides, scaling: fewer real images, and ever more generated ones.
-- Every arm sees the same number of images, classes in the same balance; only what they are drawn from differs.
+- Every arm sees the same number of images, classes in the same balance; only what they are drawn from differs. Classic
+  augmentation is an arm of its own, so that what it gives or costs is not mixed with what images give or cost.
 - No patient of a test is seen by any part of an arm: not by its reader, nor by the generator, its autoencoder or its
   filter. This is asserted from what each says it learnt from.
 - A run is a folder with its result, or it is to be done: the queue may be stopped and called again at any time,
@@ -47,7 +48,7 @@ class Arm:
     real: float = 1.0  # share of the real training patients
     duplicates: float = 0.0  # of the real images, as often again
     generated: int = 0  # images
-    augmented: bool = True
+    augmented: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,8 @@ def arms(real: int) -> list[Arm]:
     """The comparison that decides, at the count of real training images."""
     ratios = [Arm(f"real+generated-x{r:g}", generated=round(r * real)) for r in (0.25, 0.5, 1)]
     return [
-        Arm("real, unaugmented", augmented=False),
         Arm("real"),
+        Arm("real+augmentation", augmented=True),
         Arm("real+duplicates", duplicates=1.0),
         *ratios,
         Arm("generated only", real=0.0, generated=real),
