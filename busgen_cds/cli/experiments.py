@@ -52,8 +52,8 @@ def fidelity(
     makes = open_generator(generator)
     embeddings = embed.for_fidelity(init, reader, inception)
     settings = recipe.Settings(images=most, judging=fidelity_.Judging(steps=judge_steps, size=makes.card.size))
-    segment = recipe.segmenter(reader) if reader else None
-    found = recipe.measure(makes, data_root(data), images, embeddings, settings, init, segment, cache, console.print)
+    read = recipe.reader(reader) if reader else None
+    found = recipe.measure(makes, data_root(data), images, embeddings, settings, init, read, cache, console.print)
     page = recipe.write(found, out)
     console.print(f"Written: {page}, {recipe.picture(makes, out, settings.pairs)}")
 

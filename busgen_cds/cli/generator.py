@@ -138,7 +138,11 @@ def generate(
     ] = False,
     steps: Annotated[int | None, typer.Option(help="Steps of the sampler; 16 without it.")] = None,
     guidance: Annotated[
-        float | None, typer.Option(help="1: as various as the training images, in half the time; 1.5 without it.")
+        float | None, typer.Option(help="How firmly an image is held to what was asked; 1: not at all; 6 without it.")
+    ] = None,
+    between: Annotated[
+        tuple[float, float] | None,
+        typer.Option(help="Times between which it is held so, from 0 (image) to 1 (noise); 0.6 1 without it."),
     ] = None,
     unfiltered: Annotated[bool, typer.Option(help="For measurements only: nothing is dropped.")] = False,
 ) -> None:
@@ -148,7 +152,9 @@ def generate(
     from busgen_cds.learning.generator import Sampling
     from busgen_cds.learning.recipes import synthesise
 
-    asked = {name: value for name, value in (("steps", steps), ("guidance", guidance)) if value is not None}
+    low, high = between or (None, None)
+    named = {"steps": steps, "guidance": guidance, "low": low, "high": high}
+    asked = {name: value for name, value in named.items() if value is not None}
     settings = synthesise.Settings(
         count=count,
         seed=seed,
@@ -372,7 +378,6 @@ def release_set(
     ),
     out: Annotated[Path, typer.Option(help="Where the package keeps it.")] = Path("busgen_cds/release_set"),
     keys: Annotated[Path, typer.Option(help="Where the one-shot key's public half goes.")] = Path("busgen_cds/trust"),
-    guidance: Annotated[float, typer.Option(help="How firmly an image is held to its label.")] = 2.0,
     seed: int = 0,
 ) -> None:
     """Make the images that every site's judge can read, and put them into the package, signed."""
@@ -384,7 +389,7 @@ def release_set(
     from busgen_cds.learning.recipes import synthesise
 
     makes = open_generator(generator)
-    asked = recipe.typical(makes.card.vocabulary, count, seed, guidance)
+    asked = recipe.typical(makes.card.vocabulary, count, seed)
     synthesise.generate(makes, images, asked, _gate(generator))
     weights = signing.digest(((generator or generator_.SHIPPED) / generator_.FLOW).read_bytes())
     shipped = house.open_bundle()

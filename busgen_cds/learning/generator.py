@@ -53,9 +53,9 @@ class Sampling:
 
     steps: int = 16
     method: flow.Method = "euler"
-    guidance: float = 1.5
-    low: float = 0.2  # guidance works for low < t < high
-    high: float = 0.8
+    guidance: float = 6.0
+    low: float = 0.6  # guidance works for low < t < high: early, while what is shown and where is decided
+    high: float = 1.0
     shift: float = 1.0
     propose_steps: int = 12  # healthy → lesion: the outline needs fewer steps than the picture
     refine_steps: int = 5
@@ -65,7 +65,9 @@ class Sampling:
         if min(self.steps, self.propose_steps, self.refine_steps) < 1:
             raise Misconfigured("The sampler takes one step or more; the shipped figures were measured with 16.")
         if not 0 <= self.guidance < math.inf:
-            raise Misconfigured(f"Guidance is a number from 0 on (1: none, 1.5: the default), not {self.guidance}.")
+            raise Misconfigured(f"Guidance is a number from 0 on (1: none, 6: the default), not {self.guidance}.")
+        if not 0 <= self.low < self.high <= 1:
+            raise Misconfigured(f"Guidance works between two times from 0 to 1, not from {self.low} to {self.high}.")
 
 
 @dataclass(frozen=True)

@@ -118,7 +118,6 @@ def test_a_page_says_what_was_not_measured(tmp_path: Path) -> None:
         "size": 64,
         "distances": {},
         "judge": {"generated": bounds, "reconstructions": bounds, "blurred": bounds, "valid": False},
-        "mask agreement": None,
         "speed": {"images_per_second": 5.0, "steps": 20, "threads": 2},
     }
     text = fidelity_report.write(found, tmp_path).read_text()
@@ -131,9 +130,17 @@ def test_a_lesion_without_an_outline_agrees_with_nothing(tmp_path: Path) -> None
     labels = [{"pathology": "benign", "mask": mask} for mask in ("mask.png", "")] + [
         {"pathology": "normal", "mask": ""}
     ]
-    everything = lambda images: np.ones(images.shape, np.bool_)  # noqa: E731
-    found = fidelity_report.agreement(tmp_path, labels, speckle(3, 0), everything)
-    assert found is not None and found["images"] == 2 and found["dice"]["value"] == 0.5
+    found = fidelity_report.agreement(tmp_path, labels, np.ones((3, SIZE, SIZE), np.bool_))
+    assert found["images"] == 2 and found["dice"]["value"] == 0.5
+
+
+def test_labels_that_say_what_is_seen_agree_with_it() -> None:
+    """A reader that sees in each lesion what its label says agrees wholly; normal images have no such label."""
+    seen = fidelity_report.Seen(np.array([3.0, -2.0, -1.0, 9.0]), np.zeros((4, SIZE, SIZE), np.bool_))
+    found = fidelity_report.told(seen, ["malignant", "benign", "benign", "normal"], list("abcd"))
+    assert found["auc"]["value"] == 1.0 and found["images"] == 3
+    swapped = fidelity_report.told(seen, ["benign", "malignant", "malignant", "normal"], list("abcd"))
+    assert swapped["auc"]["value"] == 0.0
 
 
 def test_the_picture_shows_nobody(tmp_path: Path) -> None:

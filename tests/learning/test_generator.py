@@ -139,7 +139,13 @@ def test_a_generator_is_what_it_was_when_saved(tmp_path: Path) -> None:
     assert one.image.shape == other.image.shape
 
 
-@pytest.mark.parametrize("wrong", [{"steps": 0}, {"refine_steps": 0}, {"guidance": float("nan")}, {"guidance": -1.0}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({"steps": 0}, {"refine_steps": 0}, {"guidance": float("nan")}, {"guidance": -1.0}),
+        *({"low": 0.7, "high": 0.4}, {"high": 1.2}),
+    ],
+)
 def test_a_sampler_that_would_draw_noise_is_refused(wrong: dict[str, float]) -> None:
     """No step at all, or a guidance that is no number from 0 on, is refused before anything is made."""
     with pytest.raises(Misconfigured):

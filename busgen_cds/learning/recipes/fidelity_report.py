@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -44,7 +44,7 @@ def measure(
     embeddings: Mapping[str, Embedding],
     settings: Settings,
     init: Path | None = None,
-    segment: Callable[[Squares], NDArray[np.bool_]] | None = None,
+    read: Read | None = None,
     cache: Path | None = None,
     tell: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
@@ -65,8 +65,15 @@ def measure(
         found["distances, BUSI as Wen counts it"] = fidelity.compare(wen.image, wen.patients, made, embeddings)
     tell("the judge")
     found["judge"] = judged(makes, real, made, init, settings)
-    tell("agreement of mask and image")
-    found["mask agreement"] = agreement(generated, labels, made, segment)
+    if read is not None:
+        tell("agreement of label, mask and image")
+        seen = read(made)
+        found["mask agreement"] = agreement(generated, labels, seen.mask)
+        held_out = real.of(None, "val", "test")
+        found["label agreement"] = {
+            "generated": told(seen, [row["pathology"] for row in labels], [str(i) for i in range(len(labels))]),
+            "real": told(read(held_out.image), [r.pathology for r in held_out.rows], held_out.patients),
+        }
     tell("speed")
     found["speed"] = speed(makes, settings.speed_images)
     return found
@@ -101,41 +108,54 @@ def judged(makes: Generator, real: data.Images, made: Squares, init: Path | None
     }
 
 
-def agreement(
-    generated: Path,
-    labels: list[dict[str, str]],
-    made: Squares,
-    segment: Callable[[Squares], NDArray[np.bool_]] | None,
-) -> dict[str, Any] | None:
-    """Dice between the mask that came with an image and what a segmenter of real lesions sees in it."""
-    if segment is None:
-        return None
+def agreement(generated: Path, labels: list[dict[str, str]], seen: NDArray[np.bool_]) -> dict[str, Any]:
+    """Dice between the mask that came with an image and what a reader of real lesions sees in it."""
     asked = [i for i, row in enumerate(labels) if row["pathology"] != "normal"]
-    masks = np.zeros((len(asked), *made.shape[1:]), np.bool_)  # a lesion without an outline agrees with nothing
+    masks = np.zeros((len(asked), *seen.shape[1:]), np.bool_)  # a lesion without an outline agrees with nothing
     for k, i in enumerate(asked):
         if labels[i]["mask"]:
             with Image.open(generated / labels[i]["mask"]) as mask:
-                masks[k] = embed.squares([np.asarray(mask.convert("L"))], made.shape[-1])[0] > 127
-    dice = np.where(masks.any((1, 2)), figures.dice(segment(made[asked]), masks), 0.0)
+                masks[k] = embed.squares([np.asarray(mask.convert("L"))], seen.shape[-1])[0] > 127
+    dice = np.where(masks.any((1, 2)), figures.dice(seen[asked], masks), 0.0)
     names = np.array([str(i) for i in asked])
     return {"dice": figures.mean_interval(dice, names)._asdict(), "images": len(asked)}
 
 
-def segmenter(run: Path) -> Callable[[Squares], NDArray[np.bool_]]:
-    """The mask of a reader that was trained on real images only, from its checkpoint."""
+def told(seen: Seen, pathology: Sequence[str], patients: Sequence[str] | NDArray[np.str_]) -> dict[str, Any]:
+    """AUC of a reader of real lesions: does a lesion look like what its label says?"""
+    lesion = np.array([name != "normal" for name in pathology])
+    malignant = np.array([name == "malignant" for name in pathology], np.int64)
+    found = figures.auc_interval(seen.malignancy[lesion], malignant[lesion], np.asarray(patients)[lesion])
+    return {"auc": found._asdict(), "images": int(lesion.sum())}
+
+
+class Seen(NamedTuple):
+    """What a reader sees in images."""
+
+    malignancy: NDArray[np.float64]  # (N,)
+    mask: NDArray[np.bool_]  # (N, S, S)
+
+
+Read = Callable[[Squares], Seen]
+
+
+def reader(run: Path) -> Read:
+    """A reader that was trained on real images only, from its checkpoint."""
     network = embed.read_reader(run)
 
     @torch.inference_mode()
-    def segment(images: Squares) -> NDArray[np.bool_]:
-        found = []
+    def read(images: Squares) -> Seen:
+        malignancy, masks = [], []
         for i in range(0, len(images), 16):
             batch = torch.from_numpy(images[i : i + 16])[:, None].float() / 255
             large = torch.nn.functional.interpolate(batch, size=(224, 224), mode="bilinear", align_corners=False)
-            mask = torch.nn.functional.interpolate(network(large).mask.float(), size=images.shape[-2:], mode="bilinear")
-            found.append((mask[:, 0] > 0).numpy())
-        return np.concatenate(found)
+            reading = network(large)
+            mask = torch.nn.functional.interpolate(reading.mask.float(), size=images.shape[-2:], mode="bilinear")
+            malignancy.append(reading.malignancy.double().numpy())
+            masks.append((mask[:, 0] > 0).numpy())
+        return Seen(np.concatenate(malignancy), np.concatenate(masks))
 
-    return segment
+    return read
 
 
 def speed(makes: Generator, count: int) -> dict[str, Any]:
@@ -229,23 +249,33 @@ def _page(found: dict[str, Any]) -> list[str]:
         if judge["valid"]
         else "The judge does not notice a slight blur (AUC below 0.9): **it concludes nothing**.",
         "",
-        "## Masks and speed",
+        "## Masks, labels and speed",
+        "",
+        *_agreements(found),
         "",
     ]
-    dice = found["mask agreement"]
-    lines.append(
-        f"Dice of mask and lesion, by a segmenter of real lesions: {Interval(**dice['dice'])}, {dice['images']} images."
-        if dice
-        else "Agreement of mask and lesion: not measured (no reader's checkpoint was named)."
-    )
     pace = found["speed"]
     lines += [
-        "",
         f"{pace['images_per_second']:.1f} images/s in {pace['steps']} steps on {pace['threads']} threads.",
         "",
         *([] if _inception(found) else ["Inception weights were not at hand (`--inception`); see the tables.", ""]),
     ]
     return lines
+
+
+def _agreements(found: dict[str, Any]) -> list[str]:
+    if "mask agreement" not in found:
+        return ["Agreement of mask and label with the lesion: not measured (no reader's checkpoint was named)."]
+    dice, label = found["mask agreement"], found["label agreement"]
+    made, real = (
+        f"{Interval(**label[name]['auc'])} ({label[name]['images']} images)" for name in ("generated", "real")
+    )
+    return [
+        f"Dice of mask and lesion, by a reader of real lesions: {Interval(**dice['dice'])}, {dice['images']} images.",
+        "",
+        f"The same reader tells malignant from benign with an AUC of {made} in generated images,"
+        f" of {real} in real ones of `val` and `test`.",
+    ]
 
 
 def _inception(found: dict[str, Any]) -> bool:

@@ -24,7 +24,6 @@ from busgen_cds.errors import Misconfigured
 from busgen_cds.learning import calibrate, data, export, figures
 from busgen_cds.learning.conditions import Vocabulary
 from busgen_cds.learning.figures import Interval
-from busgen_cds.learning.generator import Sampling
 from busgen_cds.learning.recipes import adapt_site, synthesise
 
 NAME = "busgen-release-set"
@@ -84,12 +83,12 @@ def make(
     return said
 
 
-def typical(vocabulary: Vocabulary, count: int, seed: int, guidance: float) -> synthesise.Settings:
-    """Images that look like their label: plainly benign and plainly malignant categories, held to firmly."""
+def typical(vocabulary: Vocabulary, count: int, seed: int) -> synthesise.Settings:
+    """Images that look like their label: plainly benign and plainly malignant categories."""
     plain = {"benign": ("2", "3"), "malignant": ("5",)}
     known = set(vocabulary.names.get("birads", ()))
     grades = {name: kept for name, asked in plain.items() if (kept := tuple(g for g in asked if g in known))}
-    return synthesise.Settings(count=count, seed=seed, birads=grades, shard=90, sampling=Sampling(guidance=guidance))
+    return synthesise.Settings(count=count, seed=seed, birads=grades, shard=90)
 
 
 def _copy(rows: Sequence[data.Row], folder: Path) -> None:
