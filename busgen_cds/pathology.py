@@ -43,6 +43,7 @@ class Report:
     patient_id: str = field(repr=False)
     pathology: Pathology
     reported_on: str  # ISO date
+    where: str = field(default="", compare=False)  # it stood
 
 
 @dataclass(frozen=True)
@@ -65,12 +66,18 @@ def text_of(data: bytes) -> str:
     return data.decode("utf-16" if wide else "utf-8-sig", "replace")
 
 
-def read(name: str, text: str) -> list[Report | Unusable]:
-    """Every report of a file; its kind is seen from its name and its first characters."""
+def read(name: str, text: str, latest: date = date.max) -> list[Report | Unusable]:
+    """Every report of a file, dated `latest` at the latest; its kind is seen from its name and its first characters."""
     kind = _kind(name, text)
     if kind is None:
         return [Unusable(name, "neither a table (.csv), FHIR (.json) nor HL7 version 2 (MSH|…)")]
-    return list(READERS[kind](name, text))
+    return [_not_after(latest, one) for one in READERS[kind](name, text)]
+
+
+def _not_after(latest: date, one: Report | Unusable) -> Report | Unusable:
+    if isinstance(one, Report) and date.fromisoformat(one.reported_on) > latest:
+        return Unusable(one.where, f"it is dated {one.reported_on}, which is still to come")
+    return one
 
 
 def _kind(name: str, text: str) -> str | None:
@@ -111,7 +118,7 @@ def _checked(
         when = date.fromisoformat(day.strip()[:10])
     except ValueError:
         return Unusable(where, "the date is not written YYYY-MM-DD")
-    return Report(accession.strip(), patient.strip(), found, when.isoformat())
+    return Report(accession.strip(), patient.strip(), found, when.isoformat(), where)
 
 
 # CSV

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import date
 
 import pytest
 
@@ -21,6 +22,18 @@ def test_a_table_is_read_and_a_bad_row_is_named() -> None:
     assert first == REPORT
     assert [str(each).split(":")[0] for each in bad] == ["lab.csv, row 3", "lab.csv, row 4", "lab.csv, row 5"]
     assert "pathology is not one of" in str(bad[0])
+
+
+def test_a_report_from_the_future_is_refused() -> None:
+    """A year typed wrong is said with its row; a report of the last day that counts is used."""
+    rows = (
+        "accession_number,patient_id,pathology,reported_on",
+        "A1,P1,malignant,2026-03-04",
+        "A2,P2,benign,2062-03-04",
+    )
+    known, wrong = pathology.read("lab.csv", "\n".join(rows), date(2026, 3, 4))
+    assert known == REPORT
+    assert str(wrong) == "lab.csv, row 3: it is dated 2062-03-04, which is still to come"
 
 
 def test_a_table_without_a_column_is_refused_whole() -> None:

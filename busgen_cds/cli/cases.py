@@ -6,6 +6,7 @@ Rules: torch is imported inside the verbs, so that a clinic's program starts wit
 from __future__ import annotations
 
 import json
+from datetime import date, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -83,10 +84,11 @@ def cases_import(
     from busgen_cds.operations import learning_loop
 
     kept = known = refused = 0
+    tomorrow = date.today() + timedelta(days=1)  # a laboratory to the east may be there already
     with opened(config) as site:
         stations = learning_loop.case_stations(site)
         for path in every_file(files):
-            for one in pathology.read(path.name, pathology.text_of(path.read_bytes())):
+            for one in pathology.read(path.name, pathology.text_of(path.read_bytes()), tomorrow):
                 if isinstance(one, pathology.Unusable):
                     refused += 1
                     console.print(str(one), soft_wrap=True, highlight=False, markup=False)
