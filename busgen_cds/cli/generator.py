@@ -48,7 +48,7 @@ def pretrain(
     coder: Annotated[Path | None, typer.Option(help="A finished autoencoder, instead of training one.")] = None,
     shards: Annotated[Path | None, typer.Option(help="Shards encoded before, instead of encoding.")] = None,
     start: Annotated[
-        Path | None, typer.Option(help="A generator to go on from; with its autoencoder as --coder.")
+        Path | None, typer.Option(help="Folder of a generator to go on from; its autoencoder stays as it is.")
     ] = None,
     threads: int = 0,
     cache: Cache = CACHE,
@@ -58,6 +58,7 @@ def pretrain(
     `torchrun --nproc-per-node N -m busgen_cds pretrain …` spreads it over N devices.
     """
     from busgen_cds.learning import networks
+    from busgen_cds.learning.generator import AUTOENCODER
     from busgen_cds.learning.recipes import autoencode, encode
     from busgen_cds.learning.recipes import pretrain as recipe
 
@@ -68,6 +69,8 @@ def pretrain(
     if network not in networks.KINDS:
         raise typer.BadParameter(f"network is one of {', '.join(networks.KINDS)}")
     learning = dataclasses.replace(learning, shape=dataclasses.replace(learning.shape, kind=network))  # type: ignore[arg-type]
+    if coder is None and start is not None:
+        coder = start / AUTOENCODER
     if coder is None:
         coder = autoencode.train(data_root(data), out, coding, init, cache, _steps("autoencoder", coding.steps))
     if shards is None:

@@ -17,7 +17,7 @@ import torch
 from busgen_cds.errors import Misconfigured
 from busgen_cds.learning import checkpoint, conditions, data, networks, processes, questions
 from busgen_cds.learning.conditions import Vocabulary
-from busgen_cds.learning.generator import Generator, Sampling
+from busgen_cds.learning.generator import AUTOENCODER, Generator, Sampling
 from busgen_cds.learning.recipes import autoencode, encode, pretrain
 from tests.learning.generators import CODER, NETWORKS, SIZE, data_folder, tiny
 
@@ -169,6 +169,20 @@ def test_a_wider_generator_starts_from_a_narrower_one(made: Path, tmp_path: Path
     assert torch.equal(run.network.net.out[2].conv.weight, other.network.net.out[2].conv.weight)  # type: ignore[union-attr]
     with pytest.raises(Misconfigured, match="another shape"):
         pretrain.begin_from(run, wider, tiny("transformer"), LEARNING)
+
+
+def test_a_finished_generator_is_gone_on_from_with_its_own_autoencoder(made: Path, tmp_path: Path) -> None:
+    """What ships can be trained on: its autoencoder encodes the images, and its flow is where the next one begins."""
+    learn(made, tmp_path / "first")
+    first = tmp_path / "first" / pretrain.RESULT
+    coder = first / AUTOENCODER
+    encode.encode(made / "data", coder, tmp_path / "shards", ENCODING)
+    still = dataclasses.replace(LEARNING, rate=0.0, steps=3, decay=0.0)
+    pretrain.train(tmp_path / "shards", coder, tmp_path / "next", still, start=first)
+    one, other = (Generator.load(f, device="cpu") for f in (first, tmp_path / "next" / pretrain.RESULT))
+    for name, weight in one.network.state_dict().items():
+        assert torch.allclose(weight, other.network.state_dict()[name], atol=1e-3), name
+    assert all(torch.equal(a, b) for a, b in zip(one.coder.parameters(), other.coder.parameters(), strict=True))
 
 
 # Shards

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from busgen_cds.errors import Misconfigured
 from busgen_cds.learning import autoencoder, checkpoint, data, processes
 from busgen_cds.learning.autoencoder import Autoencoder, Likeness, Shape
+from busgen_cds.learning.generator import Generator
 
 CHECKPOINT = "autoencoder-run.safetensors"
 WEIGHTS = "autoencoder.safetensors"
@@ -312,8 +313,10 @@ def _plain(value: Any) -> Any:
 
 
 def read_coder(path: Path) -> Autoencoder:
-    """The finished autoencoder of a run, with the shape that its settings name."""
+    """The finished autoencoder of a run, with the shape that its settings name; or that of a generator."""
     tensors, notes = checkpoint.read(path)
+    if "settings" not in notes:  # a generator's card names its shape
+        return Generator.load(path.parent, device="cpu").coder
     shape: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in notes["settings"]["shape"].items()}
     coder = Autoencoder(Shape(**shape))
     coder.load_state_dict(tensors)
