@@ -58,6 +58,15 @@ def fidelity(
     console.print(f"Written: {page}, {recipe.picture(makes, out, settings.pairs)}")
 
 
+def _maker_of(images: Path, generator: Path | None) -> Generator:
+    """The generator, if it made these images."""
+    from busgen_cds.learning.recipes import synthesise
+
+    makes = open_generator(generator)
+    synthesise.check_maker(images, makes)
+    return makes
+
+
 @app.command()
 def value(
     out: Queue,
@@ -82,13 +91,15 @@ def value(
     root, settings = data_root(data), recipe.Settings(tuple(sources.split(",")), steps, seeds=seeds)
     real = sum(r.source in settings.sources and r.split == "train" for r in data_.read_manifest(root))
     runs = recipe.queue(recipe.scaling() if scaling else recipe.arms(real), seeds)
-    card = open_generator(generator).card if images is not None else None
-    if card is None:
+    makes = _maker_of(images, generator) if images is not None else None
+    if makes is None:
         runs = [run for run in runs if not run.arm.generated]
+    card = makes.card if makes else None
     left = recipe.work(runs, root, images, card, out, settings, init, cache, most, console.print)
     found = recipe.results(out)
     if found:
-        console.print(f"Written: {recipe.write(recipe.compared(found, root, settings, cache), left, results)}")
+        table = recipe.compared(found, root, settings, cache)
+        console.print(f"Written: {recipe.write(table, left, makes.digest if makes else '', results)}")
     console.print(f"{left} runs left")
 
 
@@ -134,8 +145,8 @@ def segmentation(
     from busgen_cds.learning.recipes import segmentation as recipe
 
     settings = recipe.Settings(steps=steps, seeds=seeds)
-    card = open_generator(generator).card
-    found = recipe.measure(data_root(data), images, card, out, settings, cache, console.print)
+    _maker_of(images, generator)
+    found = recipe.measure(data_root(data), images, out, settings, cache, console.print)
     console.print(f"Written: {recipe.write(found, results)}")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -26,6 +25,7 @@ from busgen_cds.cli.laboratory import (
     data_root,
     key_used_once,
     open_generator,
+    trust_in,
 )
 
 if TYPE_CHECKING:
@@ -389,7 +389,7 @@ def release_set(
     from busgen_cds.learning import export
     from busgen_cds.learning import generator as generator_
     from busgen_cds.learning.recipes import release_set as recipe
-    from busgen_cds.learning.recipes import synthesise
+    from busgen_cds.learning.recipes import share, synthesise
 
     makes = open_generator(generator)
     asked = recipe.typical(makes.card.vocabulary, count, seed)
@@ -397,10 +397,10 @@ def release_set(
     weights = signing.digest(((generator or generator_.SHIPPED) / generator_.FLOW).read_bytes())
     shipped = house.open_bundle()
     reader = (f"{shipped.name.name} {shipped.name.version}", export.open_graph(shipped.files[bundle.NETWORK], 1))
-    report = json.loads(privacy.read_text(encoding="utf-8")) if privacy else None
+    report = share.report_on(images, privacy) if privacy else None
+    terms, signer = recipe.Terms(version, datetime.date.today().isoformat(), weights), key_used_once()
+    said = recipe.make(images, out, terms, signer, reader, report)
     for old in keys.glob(f"release-{recipe.NAME}-*.pem"):  # the set it vouched for is replaced
         old.unlink()
-    terms = recipe.Terms(version, datetime.date.today().isoformat(), weights)
-    signer = key_used_once(keys / f"release-{recipe.NAME}-{version}.pem")
-    said = recipe.make(images, out, terms, signer, reader, report)
+    trust_in(signer, keys / f"release-{recipe.NAME}-{version}.pem")
     console.print(f"{out / recipe.FILE}: {len(said.files)} files. Its card: {out / recipe.CARD}")

@@ -43,17 +43,21 @@ def open_generator(folder: Path | None, adapter: Path | None = None) -> Generato
     return generator.Generator.load(folder or generator.SHIPPED, adapter=adapter)
 
 
-def key_used_once(public: Path) -> KeySigner:
-    """A key that is gone when this program ends; its public half is what a product trusts."""
+def key_used_once() -> KeySigner:
+    """A key that is gone when this program ends."""
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
     from busgen_cds import signing
 
-    signer = signing.KeySigner(Ed25519PrivateKey.generate())
+    return signing.KeySigner(Ed25519PrivateKey.generate())
+
+
+def trust_in(signer: KeySigner, public: Path) -> None:
+    """Write the public half, which is what a product trusts; once what it vouches for is there."""
+    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
     public.parent.mkdir(parents=True, exist_ok=True)
     public.write_bytes(signer.key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
-    return signer
 
 
 def compute_with(threads: int) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from busgen_cds.cli.laboratory import CACHE, Cache, Data, Run, Sources, console, data_root, key_used_once
+from busgen_cds.cli.laboratory import CACHE, Cache, Data, Run, Sources, console, data_root, key_used_once, trust_in
 from busgen_cds.errors import Misconfigured
 
 if TYPE_CHECKING:
@@ -274,13 +274,12 @@ def _public(keys: Path, name: str, version: str) -> Path:
 
 def _sign(candidate: Candidate, out: Path, keys: Path) -> None:
     manifest = candidate.manifest
-    public = _public(keys, manifest.name, manifest.version)
-    signer = key_used_once(public)
+    signer = key_used_once()
     try:
         candidate.seal(out, signer)
     except OSError as error:
-        public.unlink(missing_ok=True)
         raise Misconfigured(f"{out} could not be written ({error.strerror}): what lies there is no bundle.") from error
+    trust_in(signer, _public(keys, manifest.name, manifest.version))
     console.print(
         f"Sealed {manifest.name} {manifest.version} in {out}, digest {candidate.digest[:16]}, key {signer.key_id}"
     )

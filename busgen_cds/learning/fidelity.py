@@ -117,7 +117,7 @@ def compare(
         for title, distance in DISTANCES.items():
             values, floors = [], []
             for seed in range(seeds):
-                one, other = halves(patients, seed)
+                one, other = (half[: len(theirs)] for half in halves(patients, seed))
                 chosen = np.random.default_rng((seed, 2)).permutation(len(theirs))[: len(one)]
                 values.append(distance(theirs[chosen], ours[one]))
                 floors.append(distance(ours[other], ours[one]))

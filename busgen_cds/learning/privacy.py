@@ -97,9 +97,10 @@ def copies(suspect: Suspect, control: Suspect | None, embeddings: Mapping[str, E
     """The share of generated images nearer to a training image than a held-out patient's ever are, both ways."""
     found = []
     for name, embedding in embeddings.items():
-        rate, planted = copy_rate(suspect, embedding), planted_rate(suspect, embedding)
-        back = copied_rate(suspect, embedding)
-        leaky = copied_rate(control, embedding) if control is not None else _nothing()
+        limit = copy_threshold(suspect, embedding)  # the control is held to it too: with few members its own is looser
+        rate, planted = copy_rate(suspect, embedding, limit), planted_rate(suspect, embedding, limit)
+        back = copied_rate(suspect, embedding, limit)
+        leaky = copied_rate(control, embedding, limit) if control is not None else _nothing()
         caught = planted.value >= FOUND and len(suspect.generated) >= FEWEST
         remembers = caught and leaky.low > MOST_COPIES
         found += [
@@ -113,24 +114,24 @@ def copy_threshold(suspect: Suspect, embedding: Embedding) -> float:
     return float(np.percentile(distances(suspect.strangers.drawn, suspect.members.drawn, embedding), COPY_PERCENTILE))
 
 
-def copy_rate(suspect: Suspect, embedding: Embedding) -> Interval:
-    near = distances(suspect.generated, suspect.members.drawn, embedding) < copy_threshold(suspect, embedding)
+def copy_rate(suspect: Suspect, embedding: Embedding, limit: float) -> Interval:
+    near = distances(suspect.generated, suspect.members.drawn, embedding) < limit
     return figures.wilson(int(near.sum()), len(near))
 
 
-def copied_rate(suspect: Suspect, embedding: Embedding) -> Interval:
+def copied_rate(suspect: Suspect, embedding: Embedding, limit: float) -> Interval:
     """The share of training images of which a generated image is a copy."""
-    near = distances(suspect.members.drawn, suspect.generated, embedding) < copy_threshold(suspect, embedding)
+    near = distances(suspect.members.drawn, suspect.generated, embedding) < limit
     return figures.wilson(int(near.sum()), len(near))
 
 
-def planted_rate(suspect: Suspect, embedding: Embedding, count: int = 50) -> Interval:
+def planted_rate(suspect: Suspect, embedding: Embedding, limit: float, count: int = 50) -> Interval:
     """The share of planted copies that is found: training images, mirrored, brightened and with fresh noise."""
     rng = np.random.default_rng(0)
     chosen = suspect.members.drawn[rng.choice(len(suspect.members), min(count, len(suspect.members)), replace=False)]
     leak = embed.mirrored(chosen).astype(np.float32) * 1.05 + rng.normal(0, 3, chosen.shape)
     planted = dataclasses.replace(suspect, generated=leak.clip(0, 255).astype(np.uint8))
-    return copy_rate(planted, embedding)
+    return copy_rate(planted, embedding, limit)
 
 
 # Membership
@@ -193,6 +194,7 @@ class PrivacyReport:
     findings: tuple[Finding, ...]
     control: str  # what the positive control is, or that there is none
     generator: str  # digest of the weights that were audited, an adapter's included
+    manner: Mapping[str, Any]  # how the audited images were asked for
 
     @property
     def holds(self) -> bool:
@@ -231,6 +233,7 @@ def audit(
     embeddings: Mapping[str, Embedding],
     made: int,
     dropped: int,
+    manner: Mapping[str, Any],
     attacks: Mapping[str, Attack] = ATTACKS,
 ) -> PrivacyReport:
     """Run every attack on the suspect and its control."""
@@ -238,7 +241,7 @@ def audit(
     findings = [finding for attack in attacks.values() for finding in attack(suspect, control, remembered)]
     said = control.name if control is not None else "none was made: membership concludes nothing"
     counts = (len(suspect.members), len(suspect.strangers), len(suspect.generated))
-    return PrivacyReport(suspect.name, *counts, made, dropped, tuple(findings), said, suspect.makes.digest)
+    return PrivacyReport(suspect.name, *counts, made, dropped, tuple(findings), said, suspect.makes.digest, manner)
 
 
 def _finding(

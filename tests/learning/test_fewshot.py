@@ -70,6 +70,10 @@ def test_an_adapter_says_who_taught_it(root: Path, tmp_path: Path) -> None:
     chosen = fewshot.choose(rows, few, 8, 3)
     taught = fewshot.learnt_from(path, rows, few)
     assert len(taught) == 6 and {r.image for r in taught} < {r.image for r in chosen}
+    elsewhere = dataclasses.replace(few, task=dataclasses.replace(few.task, name="elsewhere"))
+    for others, source in (([r for r in rows if r.image != taught[0].image], few), (rows, elsewhere)):
+        with pytest.raises(Misconfigured, match="was taught by other images"):
+            fewshot.learnt_from(path, others, source)
 
 
 def test_an_adapter_has_a_filter_that_knows_its_shots(root: Path, tmp_path: Path) -> None:
@@ -224,6 +228,8 @@ def test_the_queue_of_shots_judges_other_patients(root: Path, tmp_path: Path) ->
     assert shots.work(load, folder, source, start, out, settings) == 0
     told: list[str] = []
     assert shots.work(load, folder, source, start, out, settings, tell=told.append) == 0 and not told
+    with pytest.raises(Misconfigured, match="with other settings"):  # another task's runs are not gone on with
+        shots.work(load, folder, source, start, out, dataclasses.replace(settings, generated=5))
     for arm, sources in {"shots": {"shots"}, "generated": {"synthetic"}, "shots+generated": {"shots"}}.items():
         with (out / f"{arm}-8-0" / "data" / "manifest.csv").open() as file:
             taught = list(csv.DictReader(file))

@@ -188,6 +188,37 @@ def test_duplicates_are_as_many_as_the_real_images(root: Path, tmp_path: Path) -
     assert {row.source for row in rows if row.split == "val"} == {"painted"}
 
 
+def test_an_arm_is_found_wherever_it_is_asked_for(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folders named from where the caller stands are found from the arm's own folder too."""
+    monkeypatch.chdir(tmp_path)
+    folder = value.assemble(Run(Arm("real"), 0), root.relative_to(tmp_path), None, Path("runs/arm"), PAINTED)
+    assert len(data.read_manifest(folder)) == 24
+
+
+def test_a_stopped_queue_compares_like_with_like() -> None:
+    """A seed that one arm has not reached yet counts for none: two seeds' mean is better by itself than one's."""
+    runs = [{"arm": {"name": name}, "seed": seed} for name, seed in (("a", 0), ("b", 0), ("a", 1))]
+    assert value._even(runs) == runs[:2] and value._even([]) == []
+
+
+def test_images_of_another_generator_are_not_measured_as_this_one_s(tmp_path: Path) -> None:
+    """Whoever names a generator and a folder is told when the one did not make the other, or the folder holds none."""
+    how = synthesise.Settings(count=2, filtered=False, sampling=synthesise.Sampling(steps=1))
+    synthesise.generate(tiny(), tmp_path / "made", how, None)
+    synthesise.check_maker(tmp_path / "made", tiny())
+    with pytest.raises(Misconfigured, match="that made them"):
+        synthesise.check_maker(tmp_path / "made", tiny(seed=1))
+    with pytest.raises(Misconfigured, match="holds no generated images"):
+        synthesise.check_maker(tmp_path / "nowhere", tiny())
+
+
+def test_few_generated_images_meet_as_few_real_ones() -> None:
+    """A distance grows as images become fewer: both sides, and the floor, have the same number of them."""
+    patients = np.array([f"p{i}" for i in range(40)])
+    found = fidelity.compare(speckle(40, 0), patients, speckle(6, 1), {"raw": embed.raw}, seeds=2)
+    assert found["frechet (raw)"]["images"] == 6
+
+
 def test_generated_only_sees_no_real_image(root: Path, tmp_path: Path) -> None:
     """The synthetic-only arm trains on generated images alone."""
     how = synthesise.Settings(count=6, filtered=False, sampling=synthesise.Sampling(steps=2))
@@ -226,15 +257,15 @@ def test_a_segmenter_is_compared_with_and_without(root: Path, tmp_path: Path) ->
     how = synthesise.Settings(count=3, filtered=False, in_healthy=True, sampling=synthesise.Sampling(steps=1))
     synthesise.generate(tiny(), tmp_path / "grown", how, None)
     small = segmentation.Settings("painted", steps=2, batch=4, size=SIZE, seeds=1, features=(8, 8, 8, 8, 8, 8))
-    found = segmentation.measure(root, tmp_path / "grown", tiny().card, tmp_path / "runs", small)
+    found = segmentation.measure(root, tmp_path / "grown", tmp_path / "runs", small)
     assert set(found["f1"]) == {"real", "real+generated"} and found["images"] == 6
     told: list[str] = []
-    again = segmentation.measure(root, tmp_path / "grown", tiny().card, tmp_path / "runs", small, tell=told.append)
+    again = segmentation.measure(root, tmp_path / "grown", tmp_path / "runs", small, tell=told.append)
     assert again == found and not told
     assert "Gain" in segmentation.write(found, tmp_path).read_text()
     with pytest.raises(Misconfigured, match="with other settings"):
         longer = dataclasses.replace(small, steps=3)
-        segmentation.measure(root, tmp_path / "grown", tiny().card, tmp_path / "runs", longer)
+        segmentation.measure(root, tmp_path / "grown", tmp_path / "runs", longer)
 
 
 # Cost

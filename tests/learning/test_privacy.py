@@ -46,7 +46,7 @@ def test_no_set_of_images_is_embedded_twice() -> None:
         asked.append(images.tobytes())
         return embed.raw(images)
 
-    found = privacy.audit(leaking(0.1), None, {"pixels": counting}, 100, 0, {"copies": privacy.copies})
+    found = privacy.audit(leaking(0.1), None, {"pixels": counting}, 100, 0, {}, {"copies": privacy.copies})
     assert len(asked) == len(set(asked))
     assert [f.value for f in found.findings] == [
         f.value for f in privacy.copies(leaking(0.1), None, {"pixels": embed.raw})
@@ -56,19 +56,31 @@ def test_no_set_of_images_is_embedded_twice() -> None:
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5])
 def test_a_known_share_of_copies_gives_a_known_figure(share: float) -> None:
     """The copy rate finds the share of copies that was planted, though they are mirrored, and its interval holds it."""
-    rate = privacy.copy_rate(leaking(share), embed.raw)
+    some = leaking(share)
+    rate = privacy.copy_rate(some, embed.raw, privacy.copy_threshold(some, embed.raw))
     assert abs(rate.value - share) <= 0.03 and rate.low <= share <= rate.high
 
 
 def test_copies_are_found_both_ways() -> None:
     """A training image that was copied is counted too."""
-    assert privacy.copied_rate(leaking(0.3), embed.raw).value == pytest.approx(0.5, abs=0.05)
-    assert privacy.copied_rate(leaking(0.0), embed.raw).value <= 0.05
+    limit = privacy.copy_threshold(leaking(0.0), embed.raw)
+    assert privacy.copied_rate(leaking(0.3), embed.raw, limit).value == pytest.approx(0.5, abs=0.05)
+    assert privacy.copied_rate(leaking(0.0), embed.raw, limit).value <= 0.05
+
+
+def test_a_control_of_few_members_is_held_to_the_suspect_s_measure() -> None:
+    """To few members every image is far, and a control with a limit of its own would be caught too easily."""
+    few = dataclasses.replace(suspect(noise(40, 3)), members=Seen(noise(3, 4), np.array(list("abc"))))
+    own, held = privacy.copy_threshold(few, embed.raw), privacy.copy_threshold(leaking(0.0), embed.raw)
+    assert own > held
+    found = privacy.copies(leaking(0.0), few, {"pixels": embed.raw})[1]
+    assert found.control == privacy.copied_rate(few, embed.raw, held)
 
 
 def test_a_cropped_copy_is_a_copy() -> None:
     """A copy that was cropped is found."""
-    assert privacy.copy_rate(suspect(embed.closer(noise(60, 0))), embed.raw).value > 0.9
+    cropped = suspect(embed.closer(noise(60, 0)))
+    assert privacy.copy_rate(cropped, embed.raw, privacy.copy_threshold(cropped, embed.raw)).value > 0.9
 
 
 def test_an_attack_that_misses_an_over_trained_generator_concludes_nothing() -> None:
@@ -89,7 +101,8 @@ def test_the_imagenet_attack_finds_planted_copies() -> None:
     sides = (data.load(REAL, [r for r in rows if r.split == split][:24], None, 128) for split in ("train", "val"))
     known, unknown = (Seen(side.image, side.patients) for side in sides)
     few = Suspect("copies", tiny(), known, unknown, known.drawn[:0])
-    assert privacy.planted_rate(few, embed.remembered(embed.imagenet_layout(WEIGHTS)), 20).value >= privacy.FOUND
+    eye = embed.remembered(embed.imagenet_layout(WEIGHTS))
+    assert privacy.planted_rate(few, eye, privacy.copy_threshold(few, eye), 20).value >= privacy.FOUND
 
 
 def test_a_blind_attack_concludes_nothing() -> None:
@@ -151,7 +164,7 @@ def test_a_report_holds_only_when_every_attack_concluded() -> None:
     """One attack that concluded nothing, or none at all, and the report does not hold; NaN becomes "not measured"."""
     good = privacy.copies(leaking(0.0), None, {"pixels": embed.raw})[0]
     mute = dataclasses.replace(good, verdict="concludes nothing", control=privacy._nothing())
-    base = privacy.PrivacyReport("tiny", 60, 60, 100, 110, 10, (good,), "none", "a digest")
+    base = privacy.PrivacyReport("tiny", 60, 60, 100, 110, 10, (good,), "none", "a digest", {})
     assert base.holds
     assert not dataclasses.replace(base, findings=(good, mute)).holds
     assert not dataclasses.replace(base, findings=()).holds

@@ -29,6 +29,7 @@ from tests.learning.generators import SIZE, data_folder, tiny
 
 SIX = Settings(count=6, shard=4, batch=4, filtered=False, sampling=Sampling(steps=2))
 NOTHING = release.Filter(*(np.zeros(shape, np.float32) for shape in ((512,), (512, 1), (1, 1))), 0.0)  # is too near
+MANNER = {"in_healthy": False, "sampling": dataclasses.asdict(SIX.sampling)}
 TERMS = share.Terms("test-package", "1", "a test", "2026-01-01")
 
 
@@ -226,11 +227,11 @@ def test_what_the_filter_drops_is_replaced(tmp_path: Path) -> None:
 # Sharing
 
 
-def report(folder: Path, generator: str = "") -> Path:
+def report(folder: Path, generator: str = "", **manner: Any) -> Path:
     finding = privacy.Finding("copies", "share", Interval(0.0, 0, 0.01), Interval(1, 0.9, 1), 0.01, "passes")
     path = folder / "report.json"
     digest = generator or tiny().digest
-    path.write_text(privacy.PrivacyReport("tiny", 8, 4, 6, 6, 0, (finding,), "none", digest).to_json())
+    path.write_text(privacy.PrivacyReport("tiny", 8, 4, 6, 6, 0, (finding,), "none", digest, MANNER | manner).to_json())
     return path
 
 
@@ -259,13 +260,14 @@ def test_a_package_is_complete_and_checks(package: Path) -> None:
     assert all((package / row["image"]).exists() for row in rows)
 
 
-@pytest.mark.parametrize("harm", ["change", "add", "remove", "unsign"])
+@pytest.mark.parametrize("harm", ["change", "add", "add another envelope", "remove", "unsign"])
 def test_a_package_that_was_touched_is_refused(package: Path, harm: str) -> None:
     """A changed, added or missing file, or a missing signature, is Untrusted."""
     image = package / "images" / "0000000.png"
     {
         "change": lambda: Image.new("L", (8, 8)).save(image),
         "add": lambda: (package / "more.png").write_bytes(b""),
+        "add another envelope": lambda: (image.parent / share.ENVELOPE).write_bytes(b""),
         "remove": image.unlink,
         "unsign": (package / share.ENVELOPE).unlink,
     }[harm]()
@@ -355,6 +357,15 @@ def test_a_report_on_another_generator_is_refused(released: Path, tmp_path: Path
     with pytest.raises(Misconfigured, match="with the generator, and the adapter, that made them"):
         share.package(released, report(tmp_path, tiny(seed=1).digest), tmp_path / "out", TERMS, signer())
     assert not (tmp_path / "out").exists()
+
+
+def test_a_report_on_images_asked_for_otherwise_is_refused(released: Path, tmp_path: Path) -> None:
+    """Firmer guidance copies more: what was found of other images of the same generator need not hold for these."""
+    other = report(tmp_path, sampling=MANNER["sampling"] | {"guidance": 1.0})
+    with pytest.raises(Misconfigured, match="asked for in another way"):
+        share.package(released, other, tmp_path / "out", TERMS, signer())
+    with pytest.raises(Misconfigured, match="asked for in another way"):
+        share.package(released, report(tmp_path, in_healthy=True), tmp_path / "out", TERMS, signer())
 
 
 def test_a_report_that_names_no_weights_is_refused(released: Path, tmp_path: Path) -> None:

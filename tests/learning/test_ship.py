@@ -1,5 +1,6 @@
 """What is shipped, and what its card says."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,20 @@ def test_an_unfinished_generator_is_not_shipped(tmp_path: Path) -> None:
     tiny().save(tmp_path / "run")
     with pytest.raises(Misconfigured, match=release.FILE):
         ship.ship(tmp_path / "run", tmp_path, tmp_path / "out")
+
+
+def test_a_card_tells_nothing_of_another_generator(tmp_path: Path) -> None:
+    """Figures that were found of other weights are not this generator's, and its card does not say them."""
+    tiny().save(tmp_path / "run")
+    (tmp_path / "run" / release.FILE).write_bytes(b"0")
+    said = {}
+    for name, digest in (("other", "ab" * 32), ("own", Generator.load(tmp_path / "run", device="cpu").digest)):
+        found = {"generator": digest, "left": 0, "table": {}}
+        (tmp_path / "generator-value.json").write_text(json.dumps(found))
+        ship.ship(tmp_path / "run", tmp_path, tmp_path / name)
+        said[name] = (tmp_path / name / ship.MODEL_CARD).read_text()
+    assert "Worth to a reader: **not measured**" in said["other"]
+    assert "Worth to a reader: see" in said["own"]
 
 
 def test_a_shipped_generator_answers_and_its_card_is_honest(tmp_path: Path) -> None:

@@ -50,6 +50,7 @@ def audit(
     tell: Callable[[str], None] = lambda line: None,
 ) -> PrivacyReport:
     """The report on one generator and the images it made; `shots` are an adapter's own members."""
+    synthesise.check_maker(generated, makes)
     rows = [row for row in data.read_manifest(root) if row.source in makes.card.trained_on or shots]
     members = shots if shots is not None else [row for row in rows if row.split == "train"]
     mine = {(row.source, row.split) for row in members}
@@ -64,7 +65,7 @@ def audit(
     tell(f"{len(known)} members, {len(unknown)} strangers, {len(images)} generated")
     control = overtrained(suspect, settings, tell) if settings.control_steps else None
     counts = synthesise.read_counts(generated)
-    return privacy.audit(suspect, control, embeddings, counts.made, counts.dropped)
+    return privacy.audit(suspect, control, embeddings, counts.made, counts.dropped, synthesise.manner(generated))
 
 
 def some(rows: Sequence[data.Row], most: int, seed: int) -> list[data.Row]:

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from busgen_cds import signing
 from busgen_cds.errors import Misconfigured
 from busgen_cds.learning import checkpoint, conditions, data, embed, networks, questions, release, tasks
 from busgen_cds.learning.conditions import Box, Vocabulary
@@ -145,8 +146,20 @@ def parted(rows: Sequence[data.Row], share: float, seed: int) -> tuple[list[data
 
 def learnt_from(adapter: Path, rows: Sequence[data.Row], source: Source) -> list[data.Row]:
     """The images that taught an adapter, by its own word on how they were chosen; who judged it is not among them."""
-    how = checkpoint.read(adapter)[1]["settings"]
-    return parted(choose(rows, source, how["shots"], how["seed"]), how["held_out"], how["seed"])[0]
+    notes = checkpoint.read(adapter)[1]
+    how = notes["settings"]
+    taught = parted(choose(rows, source, how["shots"], how["seed"]), how["held_out"], how["seed"])[0]
+    if notes["task"] != source.task.name or notes.get("taught", _names(taught)) != _names(taught):
+        raise Misconfigured(
+            f"{adapter} was taught by other images, for the task {notes['task']}: name the task file and the data"
+            " that it was made with."
+        )
+    return taught
+
+
+def _names(rows: Sequence[data.Row]) -> str:
+    """A digest of which images these are."""
+    return signing.digest("\n".join(row.image for row in rows).encode())
 
 
 def adapt(
@@ -196,7 +209,7 @@ def adapt(
         gate.including(release.both_ways(embed.latent(makes.coder), seen)).save(out / release.FILE)
     networks.load_adapter_weights(network, kept)
     told = {"steps": step, "held_out_before": start, "held_out": best, "shots": len(shots)}
-    notes = _notes(makes, vocabulary, lessons, source, settings, told)
+    notes = _notes(makes, vocabulary, lessons, source, settings, told) | {"taught": _names(teach)}
     checkpoint.write(out / ADAPTER, {name: tensor.half() for name, tensor in kept.items()}, notes)
     (out / CARD).write_text(card(source, shots, settings, told, (out / ADAPTER).stat().st_size), encoding="utf-8")
     return out / ADAPTER

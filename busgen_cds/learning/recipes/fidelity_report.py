@@ -49,6 +49,7 @@ def measure(
     tell: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Everything that is reported about the images; real images are those of the sources it learnt from."""
+    synthesise.check_maker(generated, makes)
     size = makes.card.size
     rows = [
         r for r in data.read_manifest(root) if r.source in makes.card.trained_on and r.split in ("train", "val", "test")
@@ -56,6 +57,7 @@ def measure(
     real = data.load(root, _fair(rows, generated, settings.images), cache, size)
     made, labels = synthesise.read_images(generated, size, settings.images)
     found: dict[str, Any] = {"images": {"real": len(real), "generated": len(made)}, "size": size}
+    found |= {"generator": makes.digest, "manner": synthesise.manner(generated)}
     tell("distances")
     found["distances"] = fidelity.compare(real.image, real.patients, made, embeddings)
     busi = [r for r in data.read_manifest(root) if r.source == "busi" and r.lesion and r.split != "excluded"]

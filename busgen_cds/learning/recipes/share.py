@@ -13,6 +13,7 @@ Metadata: Croissant 1.0 (MLCommons, http://mlcommons.org/croissant/1.0).
 from __future__ import annotations
 
 import csv
+import io
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -71,7 +72,7 @@ def package(
     rows = _rows(generated)
     if not synthesise.is_filtered(generated):
         raise Misconfigured(f"{generated} was made without the release filter, for a measurement: it is not shared.")
-    told = _report_on(generated, report)
+    told = report_on(generated, report)
     counts = json.loads(_read(generated / synthesise.SUMMARY, "the count of dropped images"))
     out.mkdir(parents=True, exist_ok=True)
     for i, row in enumerate(rows):
@@ -105,15 +106,14 @@ def verify(folder: Path, verifier: signing.Verifier) -> dict[str, Any]:
 
 
 def _rows(generated: Path) -> list[dict[str, str]]:
-    with (generated / synthesise.MANIFEST).open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    rows = list(csv.DictReader(io.StringIO(_read(generated / synthesise.MANIFEST, "the list of generated images"))))
     strange = [row["image"] for row in rows if row["source"] != synthesise.SOURCE]
     if strange or not rows:
         raise Misconfigured(f"Only generated images are shared; {generated} holds {strange[:1] or 'none'}.")
     return rows
 
 
-def _report_on(generated: Path, report: Path) -> dict[str, Any]:
+def report_on(generated: Path, report: Path) -> dict[str, Any]:
     """The privacy report on the generator that made these images."""
     try:
         told: Any = json.loads(_read(report, "the privacy report"))
@@ -136,6 +136,11 @@ def _report_on(generated: Path, report: Path) -> dict[str, Any]:
             f"{report} is on {told['of']} with the weights {audited[:16]}; {generated} was made by the weights"
             f" {maker[:16]}. Run `busgen-cds privacy` on these images with the generator, and the adapter, that made"
             " them."
+        )
+    if told.get("manner") != synthesise.manner(generated):
+        raise Misconfigured(
+            f"{report} is on images that were asked for in another way (steps, guidance or healthy images): what it"
+            f" found need not hold for those in {generated}. Run `busgen-cds privacy` on them."
         )
     return told
 
@@ -170,7 +175,7 @@ def _write_labels(path: Path, rows: list[dict[str, str]]) -> None:
 
 
 def _digests(folder: Path) -> dict[str, str]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != ENVELOPE)
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / ENVELOPE)
     return {path.relative_to(folder).as_posix(): signing.digest(path.read_bytes()) for path in files}
 
 

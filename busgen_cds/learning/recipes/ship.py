@@ -14,7 +14,7 @@ from typing import Any
 
 from busgen_cds.errors import Misconfigured
 from busgen_cds.learning import release
-from busgen_cds.learning.generator import AUTOENCODER, CARD, FLOW, Card
+from busgen_cds.learning.generator import AUTOENCODER, CARD, FLOW, Card, Generator
 
 LIMIT = 60_000_000  # bytes, all together
 MODEL_CARD = "card.md"
@@ -32,14 +32,17 @@ def ship(run: Path, results: Path, out: Path) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     for name in files:
         shutil.copyfile(run / name, out / name)
-    card = Card.from_json((run / CARD).read_text(encoding="utf-8"))
-    figures = {name: _read(results / f"{name}.json") for name in ("generator-fidelity", "privacy", "generator-value")}
-    (out / MODEL_CARD).write_text(describe(card, size, figures), encoding="utf-8")
+    makes = Generator.load(run, device="cpu")
+    pages = ("generator-fidelity", "privacy", "generator-value")
+    figures = {name: _figures_of(makes.digest, results / f"{name}.json") for name in pages}
+    (out / MODEL_CARD).write_text(describe(makes.card, size, figures), encoding="utf-8")
     return out
 
 
-def _read(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+def _figures_of(generator: str, path: Path) -> dict[str, Any] | None:
+    """What a page found of this generator; what it found of another is not this one's."""
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return found if found.get("generator") == generator else None
 
 
 def describe(card: Card, size: int, figures: Mapping[str, dict[str, Any] | None]) -> str:

@@ -4,7 +4,7 @@ Rules:
 - Shots come from the adaptation split, judgement from the test split of the same device or site; no patient is in both.
 - Every reader goes on from the same member of a trained one, by the night's own recipe. Four arms at each number of
   shots: as it was; the shots alone; images of the generator adapted to the shots alone; half a batch of each.
-- The gain is that of the scores' mean over seeds, its interval over resampled patients and seeds.
+- The gain is the mean over seeds of their gains in AUC, its interval over resampled patients and seeds.
 - A run is a folder with its result, or it is to be done.
 """
 
@@ -21,14 +21,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from busgen_cds import signing
 from busgen_cds.errors import Misconfigured
-from busgen_cds.learning import data, figures
+from busgen_cds.learning import checkpoint, data, figures
 from busgen_cds.learning.figures import Interval
 from busgen_cds.learning.generator import Generator
 from busgen_cds.learning.recipes import adapt_reader, fewshot, site_adaptation, synthesise, value
+from busgen_cds.learning.recipes.autoencode import describe
 from busgen_cds.learning.recipes.fewshot import Source
 
-NAME = "generator-shots"
+NAME, SETTINGS = "generator-shots", "settings.json"
 ARMS = ("shots", "generated", "shots+generated")
 JUDGED = {"device-adapt": "device-test", "site-adapt": "site-test"}
 
@@ -70,6 +72,9 @@ def work(
 ) -> int:
     """Do what is not done yet; returns how many runs are left. `load` opens the generator, with an adapter or not."""
     judged = tests(root, source, cache)
+    asked = {"task": source.task.name, "start": signing.digest(start.read_bytes()), "generator": load(None).digest}
+    asked |= {k: v for k, v in describe(settings).items() if k not in ("seeds", "shots")}
+    checkpoint.same_work(out / SETTINGS, asked, "results")
     if not (before := out / "before.json").exists():
         site_adaptation.keep(before, {"scores": _scores(start, judged)})
     waiting = [run for run in queue(settings) if not run.file(out).exists()]

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from busgen_cds import signing
 from busgen_cds.errors import Misconfigured
 from busgen_cds.learning import checkpoint, data, embed, processes, release
 from busgen_cds.learning.generator import Generator, Sample, Sampling, Wish
@@ -261,6 +262,28 @@ def is_filtered(folder: Path) -> bool:
 def maker(folder: Path) -> str:
     """The digest of the generator that made a folder's images; empty where the folder does not name it."""
     return str(_question(folder).get("generator", ""))
+
+
+def digest(folder: Path) -> str:
+    """Names a folder's images by its list of them and by how they were asked for."""
+    files = (folder / name for name in (MANIFEST, QUESTION))
+    return signing.digest(b"".join(path.read_bytes() for path in files if path.exists()))
+
+
+def manner(folder: Path) -> dict[str, Any]:
+    """How a folder's images were asked for, beyond what they show: what was found of others need not hold for them."""
+    return {name: value for name, value in _question(folder).items() if name in ("in_healthy", "sampling")}
+
+
+def check_maker(folder: Path, makes: Generator) -> None:
+    """This generator, and no other, made a folder's images."""
+    if not (folder / MANIFEST).is_file():
+        raise Misconfigured(f"{folder} holds no generated images: `busgen-cds generate` makes some.")
+    if maker(folder) != makes.digest:
+        raise Misconfigured(
+            f"The images in {folder} were made by the weights {maker(folder)[:16] or 'of an unnamed generator'}, and"
+            f" the generator named has {makes.digest[:16]}: name the generator, and the adapter, that made them."
+        )
 
 
 def _question(folder: Path) -> dict[str, Any]:

@@ -4,7 +4,8 @@ Rules:
 - The arms: real; real with classic augmentation; real with as many duplicates; real with generated images at several
   ratios; generated only. Besides, scaling: fewer real images, and ever more generated ones.
 - Every arm sees the same number of images, classes in the same balance; only what they are drawn from differs. Classic
-  augmentation is an arm of its own, so that what it gives or costs is not mixed with what images give or cost.
+  augmentation is an arm of its own, so that what it gives or costs is not mixed with what images give or cost: all
+  other arms' images are mirrored, and now and then darker, brighter or coarser, and nothing else.
 - No patient of a test is seen by any part of an arm: not by its reader, nor by the generator, its autoencoder or its
   filter. This is asserted from what each says it learnt from.
 - A run is a folder with its result, or it is to be done: the queue may be stopped and called again at any time,
@@ -37,7 +38,7 @@ SETS = (
     *("BUS-BRA test", "BUS-BRA unseen devices", "BUSI external, lesions", "BUSI external, all 780"),
     *("BUSI test, lesions", "BUSI test, all", "BUS-UCLM, lesions", "BUS-UCLM, all"),
 )
-STILL = augment.Strength(*[0.0] * len(dataclasses.fields(augment.Strength)))  # no augmentation at all
+STILL = augment.Strength(*[0.0] * len(dataclasses.fields(augment.Strength)))  # what every arm has
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,8 @@ def work(
     tell: Callable[[str], None] = lambda line: None,
 ) -> int:
     """Do what is not done yet, at most so many; returns how many are left."""
-    checkpoint.same_work(out / SETTINGS, {k: v for k, v in vars(settings).items() if k != "seeds"}, "results")
+    made = {"images": synthesise.digest(generated)} if generated else {}
+    checkpoint.same_work(out / SETTINGS, {k: v for k, v in vars(settings).items() if k != "seeds"} | made, "results")
     waiting = [run for run in runs if not (out / run.name / RESULT).exists()]
     for run in waiting[:most]:
         tell(f"{run.name}: {len(waiting)} runs to do")
@@ -181,6 +183,7 @@ def assemble(run: Run, root: Path, generated: Path | None, out: Path, settings: 
 
 
 def moved(row: data.Row, root: Path) -> dict[str, str]:
+    root = root.resolve()
     return row.labels | {"image": str(root / row.image), "mask": str(root / row.mask) if row.mask else ""}
 
 
@@ -226,10 +229,11 @@ def results(out: Path) -> list[dict[str, Any]]:
 
 
 def compared(found: list[dict[str, Any]], root: Path, settings: Settings, cache: Path | None = None) -> dict[str, Any]:
-    """Each arm's AUC over seeds, and the paired difference to the best control without generated images."""
+    """Each arm's AUC over the seeds that all have, and the paired difference to the best control."""
     rows = data.read_manifest(root)
     images = data.load(root, rows, cache, settings.size)
     tests = {t.name: np.flatnonzero(t.keep) for t in evaluate.tests(images, settings.sources) if t.name in SETS}
+    found = _even(found)
     names = list(dict.fromkeys(run["arm"]["name"] for run in found))
     table: dict[str, Any] = {}
     for test, keep in tests.items():
@@ -240,6 +244,13 @@ def compared(found: list[dict[str, Any]], root: Path, settings: Settings, cache:
         best = max(controls, key=lambda n: float(np.mean(aucs[n])), default=None)
         table[test] = {n: _line(n, best, means, aucs, truth, patients) for n in names}
     return table
+
+
+def _even(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Only seeds that every arm has: a mean over more of them is better by itself."""
+    seeds = [{run["seed"] for run in found if run["arm"] == arm} for arm in [run["arm"] for run in found]]
+    common = set.intersection(*seeds) if seeds else set()
+    return [run for run in found if run["seed"] in common]
 
 
 def _made(found: list[dict[str, Any]], name: str) -> bool:
@@ -266,9 +277,11 @@ def _line(
     return line
 
 
-def write(table: dict[str, Any], left: int, out: Path) -> Path:
+def write(table: dict[str, Any], left: int, generator: str, out: Path) -> Path:
+    """`generator`: the digest of that which made the images; empty: none did."""
     out.mkdir(parents=True, exist_ok=True)
-    (out / f"{NAME}.json").write_text(json.dumps({"left": left, "table": table}, indent=1) + "\n", encoding="utf-8")
+    found = {"left": left, "generator": generator, "table": table}
+    (out / f"{NAME}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     lines = ["# What generated images are worth to a reader", ""]
     lines.append(f"Runs still to do: {left}." if left else "All runs of the queue are done.")
     for test, arms_ in table.items():
