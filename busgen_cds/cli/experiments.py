@@ -99,7 +99,7 @@ def value(
     found = recipe.results(out)
     if found:
         table = recipe.compared(found, root, settings, cache)
-        console.print(f"Written: {recipe.write(table, left, makes.digest if makes else '', results)}")
+        console.print(f"Written: {recipe.write(table, left, makes.digest if makes else '', settings, results)}")
     console.print(f"{left} runs left")
 
 

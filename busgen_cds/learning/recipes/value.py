@@ -277,13 +277,19 @@ def _line(
     return line
 
 
-def write(table: dict[str, Any], left: int, generator: str, out: Path) -> Path:
+def write(table: dict[str, Any], left: int, generator: str, settings: Settings, out: Path) -> Path:
     """`generator`: the digest of that which made the images; empty: none did."""
     out.mkdir(parents=True, exist_ok=True)
     found = {"left": left, "generator": generator, "table": table}
     (out / f"{NAME}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     lines = ["# What generated images are worth to a reader", ""]
-    lines.append(f"Runs still to do: {left}." if left else "All runs of the queue are done.")
+    lines += [
+        f"Every arm: {settings.steps} steps of {settings.batch} images at {settings.size} px, from ImageNet. Real images, and"
+        f" the generator's, are those of {', '.join(settings.sources)}; every other source is external. Arms without"
+        " classic augmentation mirror their images, and now and then darken, brighten or coarsen them.",
+        "",
+        f"Runs still to do: {left}." if left else "All runs of the queue are done.",
+    ]
     for test, arms_ in table.items():
         lines += [
             "",
