@@ -75,9 +75,8 @@ def pretrain(
         coder = autoencode.train(data_root(data), out, coding, init, cache, _steps("autoencoder", coding.steps))
     if shards is None:
         shards = out / "shards"
-        if not (shards / encode.INDEX).exists():
-            parts = encode.Settings(sources=coding.sources, size=coding.size, seed=seed)
-            encode.encode(data_root(data), coder, shards, parts, tell=_parts("shards"))
+        parts = encode.Settings(sources=coding.sources, size=coding.size, seed=seed)
+        encode.encode(data_root(data), coder, shards, parts, tell=_parts("shards"))
     made = recipe.train(shards, coder, out, learning, _steps("flow", learning.steps), start)
     console.print(f"Trained: {made}")
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from busgen_cds.cli import generator as verbs
 from busgen_cds.errors import Misconfigured
 from busgen_cds.learning import checkpoint, conditions, data, networks, processes, questions
 from busgen_cds.learning.conditions import Vocabulary
@@ -215,12 +216,38 @@ def test_latents_of_another_making_are_not_gone_on_with(made: Path, tmp_path: Pa
     """Shards that other settings or another autoencoder made are refused, not mixed with new ones."""
     target = shutil.copytree(made / "shards", tmp_path / "shards")
     coder = made / "ae" / autoencode.WEIGHTS
-    with pytest.raises(Misconfigured, match="made otherwise"):
+    with pytest.raises(Misconfigured, match=r"other settings \(see work.json: views\)"):
         encode.encode(made / "data", coder, target, dataclasses.replace(ENCODING, views=5))
+    with pytest.raises(Misconfigured, match="autoencoder"):
+        encode.encode(made / "data", another(coder, tmp_path), target, ENCODING)
+
+
+def another(coder: Path, folder: Path) -> Path:
+    """An autoencoder of the same shape with other weights."""
     tensors, notes = checkpoint.read(coder)
-    checkpoint.write(tmp_path / "other.safetensors", {name: t + 1 for name, t in tensors.items()}, notes)
-    with pytest.raises(Misconfigured, match="made otherwise"):
-        encode.encode(made / "data", tmp_path / "other.safetensors", target, ENCODING)
+    checkpoint.write(folder / "other.safetensors", {name: t + 1 for name, t in tensors.items()}, notes)
+    return folder / "other.safetensors"
+
+
+def test_shards_of_an_edited_manifest_are_not_gone_on_with(made: Path, tmp_path: Path) -> None:
+    """A label or an image that changed since the first shard was written is refused: the index would not fit."""
+    root = shutil.copytree(made / "data", tmp_path / "data")
+    manifest = root / "manifest.csv"
+    manifest.write_text(manifest.read_text().replace("p4,benign,3,", "p4,benign,2,"))
+    with pytest.raises(Misconfigured, match="rows"):
+        encode.encode(root, made / "ae" / autoencode.WEIGHTS, made / "shards", ENCODING)
+
+
+def test_a_flow_is_not_joined_to_another_autoencoder(made: Path, tmp_path: Path) -> None:
+    """Shards of one autoencoder with the weights of another, or a run begun on its latents, are refused first."""
+    other = another(made / "ae" / autoencode.WEIGHTS, tmp_path)
+    with pytest.raises(Misconfigured, match=r"encoded by another autoencoder than .*name theirs with --coder"):
+        pretrain.train(made / "shards", other, tmp_path / "run", LEARNING)
+    assert not (tmp_path / "run").exists()
+    learn(made, tmp_path / "run")
+    encode.encode(made / "data", other, tmp_path / "shards", ENCODING)
+    with pytest.raises(Misconfigured, match=r"other settings \(autoencoder\)"):
+        pretrain.train(tmp_path / "shards", other, tmp_path / "run", LEARNING)
 
 
 def test_the_priors_hold_so_many_boxes_and_no_more(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,6 +255,12 @@ def test_the_priors_hold_so_many_boxes_and_no_more(made: Path, monkeypatch: pyte
     monkeypatch.setattr(pretrain, "MOST_KEPT", 5)
     boxes, aspects = pretrain.priors(encode.read_index(made / "shards"), "train")
     assert {len(each) for each in (*boxes.values(), *aspects.values())} == {5} and set(boxes) == {"benign", "malignant"}
+
+
+def test_pretrain_looks_at_the_shards_of_a_run_that_goes_on(made: Path) -> None:
+    """Other sources than those of the shards that lie in the run's folder are refused, though its index is there."""
+    with pytest.raises(Misconfigured, match=r"work\.json: .*sources"):
+        verbs.pretrain(made, made / "data", "painted,busi", coder=made / "ae" / autoencode.WEIGHTS)
 
 
 def test_every_image_is_seen_once_in_an_epoch(made: Path) -> None:

@@ -121,6 +121,8 @@ def _train(
 ) -> None:
     # Set up.
     index = encode.read_index(shards)
+    draws = read_coder(coder)
+    encode.check_coder(shards, coder)
     vocabulary = Vocabulary(index.labels)
     run = begin(settings, vocabulary, team)
     if start is not None:
@@ -129,7 +131,8 @@ def _train(
     judges = held_out_questions(index, vocabulary, settings)
 
     # Restore.
-    restore(out / CHECKPOINT, run, settings, team)
+    coded = encode.digest_of(coder)
+    restore(out / CHECKPOINT, run, settings, team, coded)
     network = team.parallel(run.network)
     began, seen, losses = time.monotonic(), 0, [math.nan]
 
@@ -149,11 +152,11 @@ def _train(
                 tell(Report(run.step, loss, found, speed))
                 keep_best(out, run, found)
         if team.leads and (run.step % settings.save_every == 0 or last):
-            save(out / CHECKPOINT, run, settings, team)
+            save(out / CHECKPOINT, run, settings, team, coded)
         finished = reports and team.agree(last or run.reports_since >= settings.patience)
 
     if team.leads:
-        finish(out, run, index, vocabulary, read_coder(coder), settings)
+        finish(out, run, index, vocabulary, draws, settings)
 
 
 class Stream:
@@ -307,7 +310,8 @@ def keep_best(out: Path, run: Run, found: float) -> None:
 # Keeping
 
 
-def save(path: Path, run: Run, settings: Settings, team: processes.Team) -> None:
+def save(path: Path, run: Run, settings: Settings, team: processes.Team, coded: str) -> None:
+    """The run as it stands; `coded` names the autoencoder of its latents."""
     tensors = {f"network.{k}": v for k, v in run.network.state_dict().items()}
     tensors |= {f"average.{k}": v for k, v in run.average.state_dict().items()}
     tensors |= checkpoint.optimiser_tensors(run.optimiser)
@@ -316,19 +320,20 @@ def save(path: Path, run: Run, settings: Settings, team: processes.Team) -> None
         "best": run.best,
         "reports_since": run.reports_since,
         "world": team.world,
+        "autoencoder": coded,
         "settings": describe(settings),
     }
     checkpoint.write(path, tensors, notes)
 
 
-def restore(path: Path, run: Run, settings: Settings, team: processes.Team) -> None:
+def restore(path: Path, run: Run, settings: Settings, team: processes.Team, coded: str) -> None:
     """Go on where the run stood; nothing happens where none was."""
     if not path.exists():
         return
     tensors, notes = checkpoint.read(path)
-    same_settings(
-        path, {**notes["settings"], "processes": notes["world"]}, {**describe(settings), "processes": team.world}
-    )
+    then = {"processes": notes["world"], "autoencoder": notes.get("autoencoder", coded)}
+    now = {"processes": team.world, "autoencoder": coded}
+    same_settings(path, notes["settings"] | then, describe(settings) | now)
     run.network.load_state_dict(checkpoint.part(tensors, "network."))
     run.average.load_state_dict(checkpoint.part(tensors, "average."))
     checkpoint.restore_optimiser(run.optimiser, tensors)
