@@ -277,12 +277,13 @@ def save(path: Path, run: Run, settings: Any, **notes: Any) -> None:
     checkpoint.write(path, tensors, {"step": run.step, "settings": describe(settings)} | notes)
 
 
-def restore(path: Path, run: Run, settings: Any) -> dict[str, Any]:
-    """Go on where the run stood; returns its notes, none where no run was."""
+def restore(path: Path, run: Run, settings: Any, **same: Any) -> dict[str, Any]:
+    """Go on where the run stood, if it has the same settings and notes; returns its notes, none where no run was."""
     if not path.exists():
         return {}
     tensors, notes = checkpoint.read(path)
-    same_settings(path, notes["settings"], describe(settings))
+    then = {name: notes.get(name, value) for name, value in same.items()}
+    same_settings(path, notes["settings"] | then, describe(settings) | same)
     run.coder.load_state_dict(checkpoint.part(tensors, "coder."))
     run.average.load_state_dict(checkpoint.part(tensors, "average."))
     run.critic.load_state_dict(checkpoint.part(tensors, "critic."))
