@@ -76,7 +76,7 @@ def pretrain(
     if shards is None:
         shards = out / "shards"
         parts = encode.Settings(sources=coding.sources, size=coding.size, seed=seed)
-        encode.encode(data_root(data), coder, shards, parts, tell=_parts("shards"))
+        encode.encode(data_root(data), coder, shards, parts, tell=_parts("shards"), say=console.print)
     made = recipe.train(shards, coder, out, learning, _steps("flow", learning.steps), start)
     console.print(f"Trained: {made}")
 

@@ -119,6 +119,16 @@ def test_shots_are_whole_patients_in_turn(root: Path, tmp_path: Path) -> None:
     assert fewshot.choose(data.read_manifest(root), task(tmp_path), 8, 1) != shots
 
 
+def test_a_lesion_without_an_outline_is_no_shot(root: Path, tmp_path: Path) -> None:
+    """An adapter would learn it as an image without a lesion; where too few are left, it is said why."""
+    rows = data.read_manifest(root)
+    some = [dataclasses.replace(row, mask="") if row.line % 2 else row for row in rows]
+    assert all(row.mask for row in fewshot.choose(some, task(tmp_path), 8, 0))
+    bare = [dataclasses.replace(row, mask="") for row in rows]
+    with pytest.raises(Misconfigured, match=r"finds 0 images \(16 lesions without an outline are left out\)"):
+        fewshot.choose(bare, task(tmp_path), 8, 0)
+
+
 @pytest.mark.parametrize("shots", [4, 65, 13])
 def test_too_few_or_too_many_shots_are_refused(root: Path, tmp_path: Path, shots: int) -> None:
     """Shots are 8 to 64, or to what the task allows."""

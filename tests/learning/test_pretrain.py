@@ -199,6 +199,17 @@ def test_shards_hold_every_view_and_nobody_s_name(made: Path) -> None:
     assert b"images/" not in everything and b'"p1' not in everything
 
 
+def test_a_lesion_without_an_outline_is_not_taught_as_none(made: Path, tmp_path: Path) -> None:
+    """Its image is in no shard, and how many were left out is said; a normal image needs no outline."""
+    root = shutil.copytree(made / "data", tmp_path / "data")
+    manifest, said = root / "manifest.csv", []
+    manifest.write_text(manifest.read_text().replace("images/4-mask.png", "").replace("images/14-mask.png", ""))
+    encode.encode(root, made / "ae" / autoencode.WEIGHTS, tmp_path / "shards", ENCODING, say=said.append)
+    index = encode.read_index(tmp_path / "shards")
+    assert [sum(count for _, count in index.of(split)) for split in ("train", "val")] == [7 * 3 + 4 * 4, 5]
+    assert said[0].startswith("2 images of lesions without an outline")
+
+
 def test_encoding_goes_on_with_what_is_missing(made: Path, tmp_path: Path) -> None:
     """A second call writes only the shards that are not there, and they are the same bytes."""
     target = tmp_path / "shards"

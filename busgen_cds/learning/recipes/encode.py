@@ -65,6 +65,7 @@ def encode(
     settings: Settings,
     splits: Sequence[str] = ("train", "val"),
     tell: Callable[[int, int], None] = lambda done, total: None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Path:
     """Write the shards of each split that are missing and, last, their index."""
     with processes.team() as team:
@@ -73,6 +74,8 @@ def encode(
         parts = [(split, i, part) for split in splits for i, part in enumerate(spread(rows, split, settings.shard))]
         asked = {**describe(settings), "autoencoder": digest_of(coder), "rows": _rows_digest(parts, settings)}
         checkpoint.same_work(out / WORK, asked, "latents that were made")
+        if team.leads and (bare := sum(row.split in splits and not row.outlined for row in rows)):
+            say(f"{bare} images of lesions without an outline are left out: they would teach that no lesion is there")
         for done, (split, i, part) in enumerate(parts[team.rank :: team.world]):
             path = out / f"{split}-{i:06d}.tar"
             if path.exists():
@@ -117,8 +120,8 @@ def check_coder(folder: Path, coder: Path) -> None:
 
 
 def spread(rows: Sequence[data.Row], split: str, size: int) -> list[list[data.Row]]:
-    """The rows of a split, shuffled and cut into shards."""
-    mine = data.shuffled(row for row in rows if row.split == split)
+    """The rows of a split, shuffled and cut into shards; a lesion without an outline would be taught as none."""
+    mine = data.shuffled(row for row in rows if row.split == split and row.outlined)
     return [mine[i : i + size] for i in range(0, len(mine), size)]
 
 

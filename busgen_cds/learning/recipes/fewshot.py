@@ -99,12 +99,13 @@ def read_task(path: Path) -> Source:
 
 
 def choose(rows: Sequence[data.Row], source: Source, shots: int, seed: int) -> list[data.Row]:
-    """K images, patient by patient, the classes in turn."""
+    """K images, patient by patient, the classes in turn; a lesion without an outline would be taught as none."""
     if not FEWEST <= shots <= min(MOST, source.most):
         raise Misconfigured(
             f"Shots are {FEWEST} to {min(MOST, source.most)} for the task {source.task.name}, not {shots}."
         )
-    mine = [row for row in rows if row.split in source.splits and (not source.sources or row.source in source.sources)]
+    there = [row for row in rows if row.split in source.splits and (not source.sources or row.source in source.sources)]
+    mine = [row for row in there if row.outlined]
     rng = np.random.default_rng(seed)
     waiting: dict[str, list[list[data.Row]]] = {}
     for wanted in source.task.classes:
@@ -122,7 +123,11 @@ def choose(rows: Sequence[data.Row], source: Source, shots: int, seed: int) -> l
             if groups and len(chosen) < shots:
                 chosen += groups.pop()[: shots - len(chosen)]
     if len(chosen) < FEWEST:
-        raise Misconfigured(f"The task {source.task.name} finds {len(chosen)} images; {FEWEST} are needed at least.")
+        bare = len(there) - len(mine)
+        without = f" ({bare} lesions without an outline are left out)" if bare else ""
+        raise Misconfigured(
+            f"The task {source.task.name} finds {len(chosen)} images{without}; {FEWEST} are needed at least."
+        )
     shown = {row.labels.get(source.task.column) for row in chosen}
     for wanted in source.task.classes:
         if wanted.name in source.classes and not shown & set(wanted.values):
