@@ -19,7 +19,7 @@ from busgen_cds.errors import Misconfigured
 from busgen_cds.learning import checkpoint, conditions, data, networks, processes, questions
 from busgen_cds.learning.conditions import Vocabulary
 from busgen_cds.learning.generator import AUTOENCODER, Generator, Sampling
-from busgen_cds.learning.recipes import autoencode, encode, pretrain
+from busgen_cds.learning.recipes import audit, autoencode, encode, pretrain
 from tests.learning.generators import CODER, NETWORKS, SIZE, data_folder, tiny
 
 CODING = autoencode.Settings(
@@ -53,6 +53,20 @@ def test_a_generator_comes_out_of_a_folder_of_images(made: Path, tmp_path: Path)
     assert makes.card.trained_on == ("painted",) and makes.card.vocabulary.names["device"] == ("A", "B")
     one = makes.sample(pathology="malignant", device="B", sampling=Sampling(steps=2))[0]
     assert one.image.shape == one.mask.shape
+
+
+def test_the_release_filter_knows_the_views_that_were_learnt_from(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The generator remembers how its shards were made; one from before remembers nothing, and is read as ever."""
+    learn(made, tmp_path)
+    makes, asked = Generator.load(tmp_path / pretrain.RESULT, device="cpu"), []
+    views = encode.views
+    monkeypatch.setattr(encode, "views", lambda *rest, **named: asked.append(rest[2]) or views(*rest, **named))
+    audit.build_filter(makes, made / "data")
+    makes.card = dataclasses.replace(makes.card, settings={})
+    audit.build_filter(makes, made / "data")
+    assert [(how.views, how.normal_views, how.size) for how in asked] == [(3, 4, SIZE), (4, 12, SIZE)]
 
 
 def test_a_killed_autoencoder_run_goes_on_as_if_nothing_had_been(made: Path, tmp_path: Path) -> None:

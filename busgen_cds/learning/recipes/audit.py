@@ -150,7 +150,7 @@ def _asked_again(makes: Generator, known: Seen, settings: Settings) -> embed.Squ
 def build_filter(makes: Generator, root: Path, cache: Path | None = None) -> release.Filter:
     """The release filter of a generator, from all images it learnt from, in every view."""
     rows = [row for row in data.read_manifest(root) if row.source in makes.card.trained_on and row.outlined]
-    how = encode.Settings(size=makes.card.size)
+    how = encode.Settings(size=makes.card.size, **makes.card.settings.get("encoded", {}))
     learnt = encode.views(root, [r for r in rows if r.split == "train"], how, cache=cache)
     train = np.stack([view.image for _, made in learnt for view in made])
     val = data.load(root, [r for r in rows if r.split == "val"], cache, makes.card.size)

@@ -35,6 +35,7 @@ from busgen_cds.pixels import Placement
 
 INDEX = "index.json"
 WORK = "work.json"
+VIEWED = ("views", "normal_views", "closest", "seed")  # the settings that decide which views are made
 LABELS = ("pathology", "birads", "device")
 
 
@@ -108,6 +109,11 @@ def read_work(folder: Path) -> dict[str, Any]:
     path = folder / WORK
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     return found
+
+
+def views_of(folder: Path) -> dict[str, Any]:
+    """The settings that decided a folder's views."""
+    return {name: value for name, value in read_work(folder).items() if name in VIEWED}
 
 
 def check_coder(folder: Path, coder: Path) -> None:

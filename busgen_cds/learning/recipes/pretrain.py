@@ -350,6 +350,7 @@ def finish(
     fitted = conditions.fit_boxes(boxes, priors(index, "val")[0])
     regions = conditions.fit_regions(aspects)
     told = {**describe(settings), "best_step": notes["step"], "held_out": notes["held_out"], "steps_done": run.step}
+    told["encoded"] = encode.views_of(index.folder)
     card = Card(index.size, coder.shape, settings.shape, vocabulary, fitted, regions, index.sources, told)
     Generator(card, coder, run.average, "cpu").save(out / RESULT)
 
