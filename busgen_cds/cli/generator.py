@@ -64,8 +64,9 @@ def pretrain(
 
     compute_with(threads)
     named = {"sources": tuple(sources.split(",")), "seed": seed}
-    coding = autoencode.Settings(**autoencode.PRESETS[preset] | named | ({"steps": coder_steps} if coder_steps else {}))
-    learning = recipe.Settings(**recipe.PRESETS[preset] | {"seed": seed} | ({"steps": steps} if steps else {}))
+    codes, learns = (autoencode.preset(each.PRESETS, preset) for each in (autoencode, recipe))
+    coding = autoencode.Settings(**codes | named | ({"steps": coder_steps} if coder_steps else {}))
+    learning = recipe.Settings(**learns | {"seed": seed} | ({"steps": steps} if steps else {}))
     if network not in networks.KINDS:
         raise typer.BadParameter(f"network is one of {', '.join(networks.KINDS)}")
     learning = dataclasses.replace(learning, shape=dataclasses.replace(learning.shape, kind=network))  # type: ignore[arg-type]

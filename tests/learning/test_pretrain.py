@@ -278,8 +278,17 @@ def test_a_flow_is_not_joined_to_another_autoencoder(made: Path, tmp_path: Path)
 def test_the_priors_hold_so_many_boxes_and_no_more(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of millions of images, a bounded number of boxes and shapes is kept: the generator's card stays small."""
     monkeypatch.setattr(pretrain, "MOST_KEPT", 5)
-    boxes, aspects = pretrain.priors(encode.read_index(made / "shards"), "train")
+    index, read, looked = encode.read_index(made / "shards"), encode.read, []
+    monkeypatch.setattr(encode, "read", lambda path: looked.append(path) or read(path))
+    boxes, aspects = pretrain.priors(index, "train")
     assert {len(each) for each in (*boxes.values(), *aspects.values())} == {5} and set(boxes) == {"benign", "malignant"}
+    assert len(looked) < len(index.of("train"))  # what would add nothing is not read
+
+
+def test_pretrain_says_which_presets_there_are(tmp_path: Path) -> None:
+    """A preset that is not there is refused before anything is trained."""
+    with pytest.raises(Misconfigured, match="no preset 'tpu': choose cpu or gpu"):
+        verbs.pretrain(tmp_path, preset="tpu")
 
 
 def test_pretrain_looks_at_the_shards_of_a_run_that_goes_on(made: Path) -> None:

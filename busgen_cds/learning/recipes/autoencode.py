@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         "shape": Shape(channels=(192, 256), blocks=2, fine=24),
     },
 }
+
+
+def preset(presets: Mapping[str, dict[str, Any]], name: str) -> dict[str, Any]:
+    """What a preset sets."""
+    if name not in presets:
+        raise Misconfigured(f"There is no preset {name!r}: choose {' or '.join(presets)}.")
+    return presets[name]
 
 
 @dataclass(frozen=True)

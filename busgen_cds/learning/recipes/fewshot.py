@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import time
 import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -74,12 +76,17 @@ class Report:
     step: int
     loss: float
     held_out: float
-    images_per_second: float = 0.0
+    images_per_second: float
 
 
 def read_task(path: Path) -> Source:
     """The reader's task file, and its [shots]."""
     task = tasks.read(path)
+    if not networks.nameable(task.column):
+        raise Misconfigured(
+            f"{path}: the generator can learn no label that is called {task.column!r}; call the column otherwise, in"
+            " the manifest too."
+        )
     document: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
     shots = document.get("shots", {})
     if not isinstance(shots, dict) or not isinstance(most := shots.get("most", MOST), int):
@@ -179,7 +186,8 @@ def adapt(
     best, since = held_out(makes, judges), 0
     kept = _copy(network)
     start = best
-    tell(Report(0, float("nan"), best))
+    tell(Report(0, math.nan, best, math.nan))
+    began = time.monotonic()
 
     # Loop.
     step = 0
@@ -188,7 +196,7 @@ def adapt(
         if step % settings.report_every and step < settings.steps:
             continue
         now = held_out(makes, judges)
-        tell(Report(step, loss, now))
+        tell(Report(step, loss, now, step * settings.batch / (time.monotonic() - began)))
         since += 1
         if now < best:
             best, since, kept = now, 0, _copy(network)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -357,14 +357,21 @@ def finish(
 
 def priors(index: encode.Index, split: str) -> tuple[dict[str, list[Box]], dict[str, list[float]]]:
     """Boxes by pathology and heights over width by device: of the shards' first images, and nothing else of them."""
+    lesions, devices = set(index.labels["pathology"]) - {"normal"}, index.labels.get("device") or ("",)
     boxes: dict[str, list[Box]] = {}
     aspects: dict[str, list[float]] = {}
     for path, _ in index.of(split):
+        if _full(boxes, lesions) and _full(aspects, devices):
+            break
         for image in encode.read(path):
             if image.box is not None:
                 _keep(boxes, image.labels["pathology"] or "", image.box)
             _keep(aspects, image.labels.get("device") or "", image.height / image.width)
     return boxes, aspects
+
+
+def _full(kept: dict[str, list[Any]], names: Iterable[str]) -> bool:
+    return all(len(kept.get(name, ())) == MOST_KEPT for name in names)
 
 
 def _keep(kept: dict[str, list[Any]], name: str, value: Any) -> None:
