@@ -64,8 +64,9 @@ def pretrain(
 
     compute_with(threads)
     named = {"sources": tuple(sources.split(",")), "seed": seed}
-    coding = autoencode.Settings(**autoencode.PRESETS[preset] | named | ({"steps": coder_steps} if coder_steps else {}))
-    learning = recipe.Settings(**recipe.PRESETS[preset] | {"seed": seed} | ({"steps": steps} if steps else {}))
+    codes, learns = (autoencode.preset(each.PRESETS, preset) for each in (autoencode, recipe))
+    coding = autoencode.Settings(**codes | named | ({"steps": coder_steps} if coder_steps else {}))
+    learning = recipe.Settings(**learns | {"seed": seed} | ({"steps": steps} if steps else {}))
     if network not in networks.KINDS:
         raise typer.BadParameter(f"network is one of {', '.join(networks.KINDS)}")
     learning = dataclasses.replace(learning, shape=dataclasses.replace(learning.shape, kind=network))  # type: ignore[arg-type]
@@ -75,9 +76,8 @@ def pretrain(
         coder = autoencode.train(data_root(data), out, coding, init, cache, _steps("autoencoder", coding.steps))
     if shards is None:
         shards = out / "shards"
-        if not (shards / encode.INDEX).exists():
-            parts = encode.Settings(sources=coding.sources, size=coding.size, seed=seed)
-            encode.encode(data_root(data), coder, shards, parts, tell=_parts("shards"))
+        parts = encode.Settings(sources=coding.sources, size=coding.size, seed=seed)
+        encode.encode(data_root(data), coder, shards, parts, tell=_parts("shards"), say=console.print)
     made = recipe.train(shards, coder, out, learning, _steps("flow", learning.steps), start)
     console.print(f"Trained: {made}")
 

@@ -55,6 +55,11 @@ class Row:
     def lesion(self) -> bool:
         return self.pathology != "normal"
 
+    @property
+    def outlined(self) -> bool:
+        """The lesion's outline is known: drawn, or nothing to draw."""
+        return bool(self.mask) or not self.lesion
+
 
 @dataclass(frozen=True)
 class Images:
@@ -90,7 +95,7 @@ class Images:
     @property
     def masked(self) -> NDArray[np.int64]:
         """1 where the lesion's outline is known: drawn, or nothing to draw."""
-        return np.array([bool(row.mask) or not row.lesion for row in self.rows], np.int64)
+        return np.array([row.outlined for row in self.rows], np.int64)
 
 
 def default_root() -> Path:

@@ -133,6 +133,11 @@ class Encoder(nn.Module):
                 f"as pth is expected ({type(error).__name__})."
             ) from error
         convolutions = [module for module in self.modules() if isinstance(module, nn.Conv2d)]
+        if len(read) < len(convolutions):  # more: the classifier behind the encoder
+            raise Misconfigured(
+                f"{path} holds the weights of another encoder, or not all of them: {len(read)} convolutions of"
+                f" {len(convolutions)}."
+            )
         for convolution, (weight, bias, scale, zero) in zip(convolutions, read, strict=False):
             if convolution is self.stem:  # W(s v + z) + b = (s sum W) v + (b + z sum W)
                 weight, bias = scale * weight.sum(1, keepdim=True), bias + zero * weight.sum((1, 2, 3))

@@ -44,11 +44,6 @@ def between(data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     return (1 - t) * data + t * noise
 
 
-def data_at(x: Tensor, velocity: Tensor, t: Tensor) -> Tensor:
-    """Where the path that passes x with this velocity ends: x_0 = x_t - t v."""
-    return x - _like(t, x) * velocity
-
-
 def loss(velocity: Velocity, data: Tensor, noise: Tensor, t: Tensor, weight: Tensor | None = None) -> Tensor:
     """(N,) mean squared error of the velocity, weighed per element where a weight is given."""
     error = (velocity(between(data, noise, t), t).float() - (noise - data)).square()

@@ -61,10 +61,6 @@ class Given(NamedTuple):
     def to(self, device: torch.device | str) -> Given:
         return Given(*(part.to(device) for part in self))
 
-    def repeat(self, count: int) -> Given:
-        """One condition for `count` images."""
-        return Given(*(part.expand(count, *part.shape[1:]) for part in self))
-
     def unconditional(self) -> Given:
         """Nothing asked for, though what is known of image and outline stays known."""
         return self._replace(
@@ -82,6 +78,11 @@ GIVEN_PLANES = OUTLINE + 5  # besides the latent's channels
 
 def joined(givens: list[Given]) -> Given:
     return Given(*(torch.cat(parts) for parts in zip(*givens, strict=True)))
+
+
+def nameable(condition: str) -> bool:
+    """Whether a condition's table can have its name: torch takes neither a dot nor a name of its own."""
+    return "." not in condition and not hasattr(nn.ModuleDict(), condition)
 
 
 class Conditions(nn.Module):

@@ -54,7 +54,7 @@ def test_an_adapter_is_trained_kept_and_used(root: Path, tmp_path: Path) -> None
     tiny().save(tmp_path / "base")
     told: list[fewshot.Report] = []
     path = fewshot.adapt(tiny(), root, task(tmp_path), tmp_path / "out", QUICK, tell=told.append)
-    assert told[0].step == 0 and len(told) >= 2
+    assert told[0].step == 0 and len(told) >= 2 and told[-1].images_per_second > 0
     adapted = Generator.load(tmp_path / "base", adapter=path, device="cpu")
     assert adapted.card.vocabulary.names["histology"] and adapted.card.vocabulary.names["device"][:2] == ("A", "B")
     one = adapted.sample(pathology="malignant", labels={"histology": "mucinous carcinoma"}, sampling=Sampling(steps=2))
@@ -123,6 +123,16 @@ def test_shots_are_whole_patients_in_turn(root: Path, tmp_path: Path) -> None:
     assert fewshot.choose(data.read_manifest(root), task(tmp_path), 8, 1) != shots
 
 
+def test_a_lesion_without_an_outline_is_no_shot(root: Path, tmp_path: Path) -> None:
+    """An adapter would learn it as an image without a lesion; where too few are left, it is said why."""
+    rows = data.read_manifest(root)
+    some = [dataclasses.replace(row, mask="") if row.line % 2 else row for row in rows]
+    assert all(row.mask for row in fewshot.choose(some, task(tmp_path), 8, 0))
+    bare = [dataclasses.replace(row, mask="") for row in rows]
+    with pytest.raises(Misconfigured, match=r"finds 0 images \(16 lesions without an outline are left out\)"):
+        fewshot.choose(bare, task(tmp_path), 8, 0)
+
+
 @pytest.mark.parametrize("shots", [4, 65, 13])
 def test_too_few_or_too_many_shots_are_refused(root: Path, tmp_path: Path, shots: int) -> None:
     """Shots are 8 to 64, or to what the task allows."""
@@ -157,6 +167,15 @@ def test_a_word_in_a_list_s_place_is_refused(tmp_path: Path, line: str, said: st
         fewshot.read_task(path)
     path.write_text(TASK.replace('values = ["cyst"]', 'values = "cyst"'))
     with pytest.raises(Misconfigured, match="values is a list of words"):
+        fewshot.read_task(path)
+
+
+@pytest.mark.parametrize("column", ["type", "her2.status"])
+def test_a_column_that_no_label_can_be_called_is_refused(tmp_path: Path, column: str) -> None:
+    """A name that torch keeps for itself, or one with a dot, is refused with its task file before anything is read."""
+    path = tmp_path / "task.toml"
+    path.write_text(TASK.format(split="train").replace("histology", column))
+    with pytest.raises(Misconfigured, match=f"no label that is called '{column}'"):
         fewshot.read_task(path)
 
 

@@ -272,9 +272,15 @@ def test_a_segmenter_is_compared_with_and_without(root: Path, tmp_path: Path) ->
 
 
 def test_cost_is_speed_multiplied_out(tmp_path: Path) -> None:
-    """Hours are images over speed, and every assumption is on the page."""
+    """Hours are images over speed, every view encoded and kept, and every assumption is on the page."""
     speeds = cost.Speeds("cpu", "a machine", coder=100, encoding=1000, flow=200, sample_bytes=6144)
     assumed = cost.Assumed(images=720_000, epochs=10, coder_images=360_000)
-    assert cost.hours(speeds, assumed) == {"autoencoder": 1.0, "encoding": 0.2, "flow": 10.0}
+    assert cost.hours(speeds, assumed) == {"autoencoder": 1.0, "encoding": 0.8, "flow": 10.0}
     page = cost.write([speeds], assumed, tmp_path).read_text()
-    assert "720,000 images" in page and "a machine" in page and "4 GB" in page
+    assert "720,000 images" in page and "a machine" in page and "18 GB" in page and "in 4 views" in page
+
+
+def test_a_preset_that_is_not_there_is_named() -> None:
+    """A cost is measured of presets that there are: they are listed."""
+    with pytest.raises(Misconfigured, match="no preset 'tpu': choose cpu or gpu"):
+        cost.measure("tpu")

@@ -70,6 +70,17 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(tmp_path: Path, blank_eye: 
         assert torch.equal(tensor, resumed.coder.state_dict()[name]), name
 
 
+def test_a_run_goes_on_with_its_own_generator_alone(tmp_path: Path, blank_eye: Path) -> None:
+    """The drawing that one generator was taught is not joined to another one's flow: the other is refused."""
+    start, root = place(tmp_path)
+    finish.train(start, root, tmp_path / "run", SHORT, blank_eye)
+    other = tiny(seed=1)
+    other.card = dataclasses.replace(other.card, trained_on=("painted",))
+    other.save(tmp_path / "other")
+    with pytest.raises(Misconfigured, match=r"other settings \(generator\): choose another folder"):
+        finish.train(tmp_path / "other", root, tmp_path / "run", SHORT, blank_eye)
+
+
 def test_without_its_data_nothing_is_trained(tmp_path: Path, blank_eye: Path) -> None:
     """A data folder that lacks what the generator learnt from is refused with the reason."""
     start, _ = place(tmp_path)

@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 import torch
 
+from busgen_cds.cli import generator as verbs
 from busgen_cds.errors import Misconfigured
 from busgen_cds.learning import checkpoint, conditions, data, networks, processes, questions
 from busgen_cds.learning.conditions import Vocabulary
 from busgen_cds.learning.generator import AUTOENCODER, Generator, Sampling
-from busgen_cds.learning.recipes import autoencode, encode, pretrain
+from busgen_cds.learning.recipes import audit, autoencode, encode, pretrain
 from tests.learning.generators import CODER, NETWORKS, SIZE, data_folder, tiny
 
 CODING = autoencode.Settings(
@@ -52,6 +53,20 @@ def test_a_generator_comes_out_of_a_folder_of_images(made: Path, tmp_path: Path)
     assert makes.card.trained_on == ("painted",) and makes.card.vocabulary.names["device"] == ("A", "B")
     one = makes.sample(pathology="malignant", device="B", sampling=Sampling(steps=2))[0]
     assert one.image.shape == one.mask.shape
+
+
+def test_the_release_filter_knows_the_views_that_were_learnt_from(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The generator remembers how its shards were made; one from before remembers nothing, and is read as ever."""
+    learn(made, tmp_path)
+    makes, asked = Generator.load(tmp_path / pretrain.RESULT, device="cpu"), []
+    views = encode.views
+    monkeypatch.setattr(encode, "views", lambda *rest, **named: asked.append(rest[2]) or views(*rest, **named))
+    audit.build_filter(makes, made / "data")
+    makes.card = dataclasses.replace(makes.card, settings={})
+    audit.build_filter(makes, made / "data")
+    assert [(how.views, how.normal_views, how.size) for how in asked] == [(3, 4, SIZE), (4, 12, SIZE)]
 
 
 def test_a_killed_autoencoder_run_goes_on_as_if_nothing_had_been(made: Path, tmp_path: Path) -> None:
@@ -198,6 +213,17 @@ def test_shards_hold_every_view_and_nobody_s_name(made: Path) -> None:
     assert b"images/" not in everything and b'"p1' not in everything
 
 
+def test_a_lesion_without_an_outline_is_not_taught_as_none(made: Path, tmp_path: Path) -> None:
+    """Its image is in no shard, and how many were left out is said; a normal image needs no outline."""
+    root = shutil.copytree(made / "data", tmp_path / "data")
+    manifest, said = root / "manifest.csv", []
+    manifest.write_text(manifest.read_text().replace("images/4-mask.png", "").replace("images/14-mask.png", ""))
+    encode.encode(root, made / "ae" / autoencode.WEIGHTS, tmp_path / "shards", ENCODING, say=said.append)
+    index = encode.read_index(tmp_path / "shards")
+    assert [sum(count for _, count in index.of(split)) for split in ("train", "val")] == [7 * 3 + 4 * 4, 5]
+    assert said[0].startswith("2 images of lesions without an outline")
+
+
 def test_encoding_goes_on_with_what_is_missing(made: Path, tmp_path: Path) -> None:
     """A second call writes only the shards that are not there, and they are the same bytes."""
     target = tmp_path / "shards"
@@ -215,19 +241,60 @@ def test_latents_of_another_making_are_not_gone_on_with(made: Path, tmp_path: Pa
     """Shards that other settings or another autoencoder made are refused, not mixed with new ones."""
     target = shutil.copytree(made / "shards", tmp_path / "shards")
     coder = made / "ae" / autoencode.WEIGHTS
-    with pytest.raises(Misconfigured, match="made otherwise"):
+    with pytest.raises(Misconfigured, match=r"other settings \(see work.json: views\)"):
         encode.encode(made / "data", coder, target, dataclasses.replace(ENCODING, views=5))
+    with pytest.raises(Misconfigured, match="autoencoder"):
+        encode.encode(made / "data", another(coder, tmp_path), target, ENCODING)
+
+
+def another(coder: Path, folder: Path) -> Path:
+    """An autoencoder of the same shape with other weights."""
     tensors, notes = checkpoint.read(coder)
-    checkpoint.write(tmp_path / "other.safetensors", {name: t + 1 for name, t in tensors.items()}, notes)
-    with pytest.raises(Misconfigured, match="made otherwise"):
-        encode.encode(made / "data", tmp_path / "other.safetensors", target, ENCODING)
+    checkpoint.write(folder / "other.safetensors", {name: t + 1 for name, t in tensors.items()}, notes)
+    return folder / "other.safetensors"
+
+
+def test_shards_of_an_edited_manifest_are_not_gone_on_with(made: Path, tmp_path: Path) -> None:
+    """A label or an image that changed since the first shard was written is refused: the index would not fit."""
+    root = shutil.copytree(made / "data", tmp_path / "data")
+    manifest = root / "manifest.csv"
+    manifest.write_text(manifest.read_text().replace("p4,benign,3,", "p4,benign,2,"))
+    with pytest.raises(Misconfigured, match="rows"):
+        encode.encode(root, made / "ae" / autoencode.WEIGHTS, made / "shards", ENCODING)
+
+
+def test_a_flow_is_not_joined_to_another_autoencoder(made: Path, tmp_path: Path) -> None:
+    """Shards of one autoencoder with the weights of another, or a run begun on its latents, are refused first."""
+    other = another(made / "ae" / autoencode.WEIGHTS, tmp_path)
+    with pytest.raises(Misconfigured, match=r"encoded by another autoencoder than .*name theirs with --coder"):
+        pretrain.train(made / "shards", other, tmp_path / "run", LEARNING)
+    assert not (tmp_path / "run").exists()
+    learn(made, tmp_path / "run")
+    encode.encode(made / "data", other, tmp_path / "shards", ENCODING)
+    with pytest.raises(Misconfigured, match=r"other settings \(autoencoder\)"):
+        pretrain.train(tmp_path / "shards", other, tmp_path / "run", LEARNING)
 
 
 def test_the_priors_hold_so_many_boxes_and_no_more(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of millions of images, a bounded number of boxes and shapes is kept: the generator's card stays small."""
     monkeypatch.setattr(pretrain, "MOST_KEPT", 5)
-    boxes, aspects = pretrain.priors(encode.read_index(made / "shards"), "train")
+    index, read, looked = encode.read_index(made / "shards"), encode.read, []
+    monkeypatch.setattr(encode, "read", lambda path: looked.append(path) or read(path))
+    boxes, aspects = pretrain.priors(index, "train")
     assert {len(each) for each in (*boxes.values(), *aspects.values())} == {5} and set(boxes) == {"benign", "malignant"}
+    assert len(looked) < len(index.of("train"))  # what would add nothing is not read
+
+
+def test_pretrain_says_which_presets_there_are(tmp_path: Path) -> None:
+    """A preset that is not there is refused before anything is trained."""
+    with pytest.raises(Misconfigured, match="no preset 'tpu': choose cpu or gpu"):
+        verbs.pretrain(tmp_path, preset="tpu")
+
+
+def test_pretrain_looks_at_the_shards_of_a_run_that_goes_on(made: Path) -> None:
+    """Other sources than those of the shards that lie in the run's folder are refused, though its index is there."""
+    with pytest.raises(Misconfigured, match=r"work\.json: .*sources"):
+        verbs.pretrain(made, made / "data", "painted,busi", coder=made / "ae" / autoencode.WEIGHTS)
 
 
 def test_every_image_is_seen_once_in_an_epoch(made: Path) -> None:

@@ -114,6 +114,9 @@ def test_starting_weights_of_another_encoder_are_refused(tmp_path: Path) -> None
     torch.save(tensors | {"n.running_mean": torch.zeros(8), "n.running_var": torch.ones(8)}, tmp_path / "other.pth")
     with pytest.raises(Misconfigured, match=r"other\.pth holds the weights of another encoder"):
         Encoder("lite0").start_from(tmp_path / "other.pth")
+    np.savez(tmp_path / "other.npz", features=np.zeros(3))
+    with pytest.raises(Misconfigured, match=r"other\.npz holds .* 0 convolutions of 52"):
+        Encoder().start_from(tmp_path / "other.npz")
     (tmp_path / "text.pth").write_text("no weights")
     with pytest.raises(Misconfigured, match=r"text\.pth holds no starting weights"):
         Encoder("lite0").start_from(tmp_path / "text.pth")

@@ -100,9 +100,9 @@ def adapt_generator(run: Path, settings: Settings) -> str:
 
 
 def _sides(run: Path) -> tuple[list[data.Row], list[data.Row]]:
-    """Teaching cases with a lesion: those the generator may learn from, and those of the patients held back from it."""
+    """Teaching cases with a drawn lesion: the generator's to learn from, and those of patients held back from it."""
     teaching = teachers(run)[0]
-    held, lesions = _one_in(GENERATOR_SHARE, teaching), [row for row in teaching if row.lesion]
+    held, lesions = _one_in(GENERATOR_SHARE, teaching), [row for row in teaching if row.lesion and row.outlined]
     return [r for r in lesions if r.patient not in held], [r for r in lesions if r.patient in held]
 
 

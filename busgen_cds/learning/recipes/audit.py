@@ -51,7 +51,8 @@ def audit(
 ) -> PrivacyReport:
     """The report on one generator and the images it made; `shots` are an adapter's own members."""
     synthesise.check_maker(generated, makes)
-    rows = [row for row in data.read_manifest(root) if row.source in makes.card.trained_on or shots]
+    every = [row for row in data.read_manifest(root) if row.outlined]  # no other was learnt from
+    rows = [row for row in every if row.source in makes.card.trained_on or shots]
     members = shots if shots is not None else [row for row in rows if row.split == "train"]
     mine = {(row.source, row.split) for row in members}
     strangers = [row for row in rows if row.split == "val"]
@@ -149,8 +150,8 @@ def _asked_again(makes: Generator, known: Seen, settings: Settings) -> embed.Squ
 
 def build_filter(makes: Generator, root: Path, cache: Path | None = None) -> release.Filter:
     """The release filter of a generator, from all images it learnt from, in every view."""
-    rows = [row for row in data.read_manifest(root) if row.source in makes.card.trained_on]
-    how = encode.Settings(size=makes.card.size)
+    rows = [row for row in data.read_manifest(root) if row.source in makes.card.trained_on and row.outlined]
+    how = encode.Settings(size=makes.card.size, **makes.card.settings.get("encoded", {}))
     learnt = encode.views(root, [r for r in rows if r.split == "train"], how, cache=cache)
     train = np.stack([view.image for _, made in learnt for view in made])
     val = data.load(root, [r for r in rows if r.split == "val"], cache, makes.card.size)

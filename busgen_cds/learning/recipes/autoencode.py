@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         "shape": Shape(channels=(192, 256), blocks=2, fine=24),
     },
 }
+
+
+def preset(presets: Mapping[str, dict[str, Any]], name: str) -> dict[str, Any]:
+    """What a preset sets."""
+    if name not in presets:
+        raise Misconfigured(f"There is no preset {name!r}: choose {' or '.join(presets)}.")
+    return presets[name]
 
 
 @dataclass(frozen=True)
@@ -277,12 +284,13 @@ def save(path: Path, run: Run, settings: Any, **notes: Any) -> None:
     checkpoint.write(path, tensors, {"step": run.step, "settings": describe(settings)} | notes)
 
 
-def restore(path: Path, run: Run, settings: Any) -> dict[str, Any]:
-    """Go on where the run stood; returns its notes, none where no run was."""
+def restore(path: Path, run: Run, settings: Any, **same: Any) -> dict[str, Any]:
+    """Go on where the run stood, if it has the same settings and notes; returns its notes, none where no run was."""
     if not path.exists():
         return {}
     tensors, notes = checkpoint.read(path)
-    same_settings(path, notes["settings"], describe(settings))
+    then = {name: notes.get(name, value) for name, value in same.items()}
+    same_settings(path, notes["settings"] | then, describe(settings) | same)
     run.coder.load_state_dict(checkpoint.part(tensors, "coder."))
     run.average.load_state_dict(checkpoint.part(tensors, "average."))
     run.critic.load_state_dict(checkpoint.part(tensors, "critic."))

@@ -34,6 +34,7 @@ class Assumed:
     epochs: float = 100.0  # of the flow
     coder_images: int = 2_000_000  # images seen by the autoencoder: it learns texture, not patients
     devices: int = 8
+    views: int = encode.Settings.views  # of each image, every one encoded and kept
     price: float = 2.5  # of one device for an hour, in the operator's currency
     efficiency: float = 0.9  # of several devices against one, times their number
 
@@ -53,8 +54,8 @@ class Speeds:
 def measure(preset: str, seconds: float = 20.0, tell: Callable[[str], None] = lambda line: None) -> Speeds:
     """The recipes' own steps on made-up images of the preset's size."""
     team = processes.Team()
-    coding = autoencode.Settings(**autoencode.PRESETS[preset])
-    learning = pretrain.Settings(**pretrain.PRESETS[preset])
+    coding = autoencode.Settings(**autoencode.preset(autoencode.PRESETS, preset))
+    learning = pretrain.Settings(**autoencode.preset(pretrain.PRESETS, preset))
     coder_run = autoencode.begin(coding, team)
     image = torch.rand(coding.batch, 1, coding.size, coding.size, device=team.device) * 2 - 1
     tell("autoencoder")
@@ -115,7 +116,7 @@ def hours(speeds: Speeds, assumed: Assumed) -> dict[str, float]:
     """Device hours of each part."""
     return {
         "autoencoder": assumed.coder_images / speeds.coder / 3600,
-        "encoding": assumed.images / speeds.encoding / 3600,
+        "encoding": assumed.images * assumed.views / speeds.encoding / 3600,
         "flow": assumed.images * assumed.epochs / speeds.flow / 3600,
     }
 
@@ -131,14 +132,15 @@ def write(measured: list[Speeds], assumed: Assumed, out: Path) -> Path:
         " then stands in the table.",
         "",
         f"Assumed: {assumed.images:,} images; the flow sees each {assumed.epochs:g} times; the autoencoder sees"
-        f" {assumed.coder_images:,} images; {assumed.devices} devices work at {assumed.efficiency:.0%} of"
+        f" {assumed.coder_images:,} images; each image is encoded in {assumed.views} views, as a lesion is (a normal"
+        f" image in {encode.Settings.normal_views}); {assumed.devices} devices work at {assumed.efficiency:.0%} of"
         f" {assumed.devices} times the speed of one; a device costs {assumed.price:g} an hour.",
         "",
-        "| preset | device | autoencoder | encoding | flow | latents of all images |",
+        "| preset | device | autoencoder | encoding | flow | latents of all views |",
         "|---|---|---|---|---|---|",
     ]
     for s in measured:
-        storage = assumed.images * s.sample_bytes / 1e9
+        storage = assumed.images * assumed.views * s.sample_bytes / 1e9
         lines.append(
             f"| {s.preset} | {s.device} | {s.coder:.1f} images/s | {s.encoding:.0f} images/s | {s.flow:.1f} images/s"
             f" | {storage:.0f} GB |"

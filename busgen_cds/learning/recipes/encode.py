@@ -5,7 +5,7 @@ Rules:
 - Rows are spread over the shards by their file names' digest: every shard is a fair sample.
 - Views of an image: as it is, mirrored, and close-ups that keep the lesion and the skin's side up.
 - No patient, date or file name enters a shard.
-- A folder holds the work of one autoencoder with one set of settings.
+- A folder holds the work of one autoencoder with one set of settings, of one list of images.
 
 Under `torchrun` every process encodes its share of the shards; a run that was stopped goes on with what is missing.
 """
@@ -35,6 +35,7 @@ from busgen_cds.pixels import Placement
 
 INDEX = "index.json"
 WORK = "work.json"
+VIEWED = ("views", "normal_views", "closest", "seed")  # the settings that decide which views are made
 LABELS = ("pathology", "birads", "device")
 
 
@@ -65,18 +66,22 @@ def encode(
     settings: Settings,
     splits: Sequence[str] = ("train", "val"),
     tell: Callable[[int, int], None] = lambda done, total: None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Path:
-    """Write the shards of each split and, last, their index."""
+    """Write the shards of each split that are missing and, last, their index."""
     with processes.team() as team:
         network = read_coder(coder).to(team.device)
         rows = [row for row in data.read_manifest(root) if row.source in settings.sources]
         parts = [(split, i, part) for split in splits for i, part in enumerate(spread(rows, split, settings.shard))]
-        out.mkdir(parents=True, exist_ok=True)
-        _same_work(out / WORK, {**describe(settings), "autoencoder": signing.digest(coder.read_bytes())})
+        asked = {**describe(settings), "autoencoder": digest_of(coder), "rows": _rows_digest(parts, settings)}
+        checkpoint.same_work(out / WORK, asked, "latents that were made")
+        if team.leads and (bare := sum(row.split in splits and not row.outlined for row in rows)):
+            say(f"{bare} images of lesions without an outline are left out: they would teach that no lesion is there")
         for done, (split, i, part) in enumerate(parts[team.rank :: team.world]):
             path = out / f"{split}-{i:06d}.tar"
-            if not path.exists():
-                write(path, _samples(root, part, network, settings, split == "train"))
+            if path.exists():
+                continue
+            write(path, _samples(root, part, network, settings, split == "train"))
             tell(done + 1, len(parts) // team.world)
         if team.world > 1:
             torch.distributed.barrier()
@@ -85,16 +90,44 @@ def encode(
     return out / INDEX
 
 
-def _same_work(path: Path, asked: dict[str, Any]) -> None:
-    """Latents of another autoencoder, or other views, are not gone on with."""
-    if path.exists() and json.loads(path.read_text(encoding="utf-8")) != asked:
-        raise Misconfigured(f"{path.parent} holds latents that were made otherwise (see {path.name}): take another.")
-    checkpoint.write_text(path, json.dumps(asked, indent=1))
+def digest_of(coder: Path) -> str:
+    """Names an autoencoder's file."""
+    return signing.digest(coder.read_bytes())
+
+
+def _rows_digest(parts: Sequence[tuple[str, int, Sequence[data.Row]]], settings: Settings) -> str:
+    """Changes with all that shards take from a manifest: which images, in which order, their outlines and labels."""
+    key = hashlib.sha256()
+    for split, i, part in parts:
+        for row in part:
+            key.update(json.dumps([split, i, row.image, row.mask, *map(row.labels.get, settings.labels)]).encode())
+    return key.hexdigest()
+
+
+def read_work(folder: Path) -> dict[str, Any]:
+    """How a folder's shards were made; nothing where they are older than this note."""
+    path = folder / WORK
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return found
+
+
+def views_of(folder: Path) -> dict[str, Any]:
+    """The settings that decided a folder's views."""
+    return {name: value for name, value in read_work(folder).items() if name in VIEWED}
+
+
+def check_coder(folder: Path, coder: Path) -> None:
+    """Latents mean something to the autoencoder that made them, and to no other."""
+    if read_work(folder).get("autoencoder") not in (None, digest_of(coder)):
+        raise Misconfigured(
+            f"The shards in {folder} were encoded by another autoencoder than {coder}: name theirs with --coder, or"
+            " encode into another folder."
+        )
 
 
 def spread(rows: Sequence[data.Row], split: str, size: int) -> list[list[data.Row]]:
-    """The rows of a split, shuffled and cut into shards."""
-    mine = data.shuffled(row for row in rows if row.split == split)
+    """The rows of a split, shuffled and cut into shards; a lesion without an outline would be taught as none."""
+    mine = data.shuffled(row for row in rows if row.split == split and row.outlined)
     return [mine[i : i + size] for i in range(0, len(mine), size)]
 
 
@@ -223,7 +256,7 @@ def _write_index(out: Path, parts: Sequence[tuple[str, int, Sequence[data.Row]]]
         for name in settings.labels
     }
     index = {"size": settings.size, "sources": list(settings.sources), "labels": labels, "shards": shards}
-    (out / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
+    checkpoint.write_text(out / INDEX, json.dumps(index, indent=1))
 
 
 class Encoded(NamedTuple):

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import time
 import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -75,12 +77,17 @@ class Report:
     step: int
     loss: float
     held_out: float
-    images_per_second: float = 0.0
+    images_per_second: float
 
 
 def read_task(path: Path) -> Source:
     """The reader's task file, and its [shots]."""
     task = tasks.read(path)
+    if not networks.nameable(task.column):
+        raise Misconfigured(
+            f"{path}: the generator can learn no label that is called {task.column!r}; call the column otherwise, in"
+            " the manifest too."
+        )
     document: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
     shots = document.get("shots", {})
     if not isinstance(shots, dict) or not isinstance(most := shots.get("most", MOST), int):
@@ -100,12 +107,13 @@ def read_task(path: Path) -> Source:
 
 
 def choose(rows: Sequence[data.Row], source: Source, shots: int, seed: int) -> list[data.Row]:
-    """K images, patient by patient, the classes in turn."""
+    """K images, patient by patient, the classes in turn; a lesion without an outline would be taught as none."""
     if not FEWEST <= shots <= min(MOST, source.most):
         raise Misconfigured(
             f"Shots are {FEWEST} to {min(MOST, source.most)} for the task {source.task.name}, not {shots}."
         )
-    mine = [row for row in rows if row.split in source.splits and (not source.sources or row.source in source.sources)]
+    there = [row for row in rows if row.split in source.splits and (not source.sources or row.source in source.sources)]
+    mine = [row for row in there if row.outlined]
     rng = np.random.default_rng(seed)
     waiting: dict[str, list[list[data.Row]]] = {}
     for wanted in source.task.classes:
@@ -123,7 +131,11 @@ def choose(rows: Sequence[data.Row], source: Source, shots: int, seed: int) -> l
             if groups and len(chosen) < shots:
                 chosen += groups.pop()[: shots - len(chosen)]
     if len(chosen) < FEWEST:
-        raise Misconfigured(f"The task {source.task.name} finds {len(chosen)} images; {FEWEST} are needed at least.")
+        bare = len(there) - len(mine)
+        without = f" ({bare} lesions without an outline are left out)" if bare else ""
+        raise Misconfigured(
+            f"The task {source.task.name} finds {len(chosen)} images{without}; {FEWEST} are needed at least."
+        )
     shown = {row.labels.get(source.task.column) for row in chosen}
     for wanted in source.task.classes:
         if wanted.name in source.classes and not shown & set(wanted.values):
@@ -187,7 +199,8 @@ def adapt(
     best, since = held_out(makes, judges), 0
     kept = _copy(network)
     start = best
-    tell(Report(0, float("nan"), best))
+    tell(Report(0, math.nan, best, math.nan))
+    began = time.monotonic()
 
     # Loop.
     step = 0
@@ -196,7 +209,7 @@ def adapt(
         if step % settings.report_every and step < settings.steps:
             continue
         now = held_out(makes, judges)
-        tell(Report(step, loss, now))
+        tell(Report(step, loss, now, step * settings.batch / (time.monotonic() - began)))
         since += 1
         if now < best:
             best, since, kept = now, 0, _copy(network)

@@ -134,7 +134,8 @@ def train(
     run = begin(makes.coder, settings, device)
 
     # Restore.
-    if notes := autoencode.restore(out / CHECKPOINT, run, settings):
+    digest = makes.digest  # a run's drawing belongs to one generator's latents
+    if notes := autoencode.restore(out / CHECKPOINT, run, settings, generator=digest):
         run.ratio, run.told = notes["ratio"], notes["told"]
     began, first = time.monotonic(), run.step
 
@@ -149,7 +150,8 @@ def train(
             tell(Report(run.step, difference, spectrum, float(np.mean(run.told)), speed))
             run.told.clear()
         if run.step % settings.save_every == 0 or last:
-            autoencode.save(out / CHECKPOINT, run, settings, ratio=run.ratio, told=run.told)
+            notes = {"generator": digest, "ratio": run.ratio, "told": run.told}
+            autoencode.save(out / CHECKPOINT, run, settings, **notes)
 
     # Join the better drawing to the flow as it was.
     card = dataclasses.replace(

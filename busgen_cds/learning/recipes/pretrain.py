@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -121,6 +121,8 @@ def _train(
 ) -> None:
     # Set up.
     index = encode.read_index(shards)
+    draws = read_coder(coder)
+    encode.check_coder(shards, coder)
     vocabulary = Vocabulary(index.labels)
     run = begin(settings, vocabulary, team)
     if start is not None:
@@ -129,7 +131,8 @@ def _train(
     judges = held_out_questions(index, vocabulary, settings)
 
     # Restore.
-    restore(out / CHECKPOINT, run, settings, team)
+    coded = encode.digest_of(coder)
+    restore(out / CHECKPOINT, run, settings, team, coded)
     network = team.parallel(run.network)
     began, seen, losses = time.monotonic(), 0, [math.nan]
 
@@ -149,11 +152,11 @@ def _train(
                 tell(Report(run.step, loss, found, speed))
                 keep_best(out, run, found)
         if team.leads and (run.step % settings.save_every == 0 or last):
-            save(out / CHECKPOINT, run, settings, team)
+            save(out / CHECKPOINT, run, settings, team, coded)
         finished = reports and team.agree(last or run.reports_since >= settings.patience)
 
     if team.leads:
-        finish(out, run, index, vocabulary, read_coder(coder), settings)
+        finish(out, run, index, vocabulary, draws, settings)
 
 
 class Stream:
@@ -307,7 +310,8 @@ def keep_best(out: Path, run: Run, found: float) -> None:
 # Keeping
 
 
-def save(path: Path, run: Run, settings: Settings, team: processes.Team) -> None:
+def save(path: Path, run: Run, settings: Settings, team: processes.Team, coded: str) -> None:
+    """The run as it stands; `coded` names the autoencoder of its latents."""
     tensors = {f"network.{k}": v for k, v in run.network.state_dict().items()}
     tensors |= {f"average.{k}": v for k, v in run.average.state_dict().items()}
     tensors |= checkpoint.optimiser_tensors(run.optimiser)
@@ -316,19 +320,20 @@ def save(path: Path, run: Run, settings: Settings, team: processes.Team) -> None
         "best": run.best,
         "reports_since": run.reports_since,
         "world": team.world,
+        "autoencoder": coded,
         "settings": describe(settings),
     }
     checkpoint.write(path, tensors, notes)
 
 
-def restore(path: Path, run: Run, settings: Settings, team: processes.Team) -> None:
+def restore(path: Path, run: Run, settings: Settings, team: processes.Team, coded: str) -> None:
     """Go on where the run stood; nothing happens where none was."""
     if not path.exists():
         return
     tensors, notes = checkpoint.read(path)
-    same_settings(
-        path, {**notes["settings"], "processes": notes["world"]}, {**describe(settings), "processes": team.world}
-    )
+    then = {"processes": notes["world"], "autoencoder": notes.get("autoencoder", coded)}
+    now = {"processes": team.world, "autoencoder": coded}
+    same_settings(path, notes["settings"] | then, describe(settings) | now)
     run.network.load_state_dict(checkpoint.part(tensors, "network."))
     run.average.load_state_dict(checkpoint.part(tensors, "average."))
     checkpoint.restore_optimiser(run.optimiser, tensors)
@@ -345,20 +350,28 @@ def finish(
     fitted = conditions.fit_boxes(boxes, priors(index, "val")[0])
     regions = conditions.fit_regions(aspects)
     told = {**describe(settings), "best_step": notes["step"], "held_out": notes["held_out"], "steps_done": run.step}
+    told["encoded"] = encode.views_of(index.folder)
     card = Card(index.size, coder.shape, settings.shape, vocabulary, fitted, regions, index.sources, told)
     Generator(card, coder, run.average, "cpu").save(out / RESULT)
 
 
 def priors(index: encode.Index, split: str) -> tuple[dict[str, list[Box]], dict[str, list[float]]]:
     """Boxes by pathology and heights over width by device: of the shards' first images, and nothing else of them."""
+    lesions, devices = set(index.labels["pathology"]) - {"normal"}, index.labels.get("device") or ("",)
     boxes: dict[str, list[Box]] = {}
     aspects: dict[str, list[float]] = {}
     for path, _ in index.of(split):
+        if _full(boxes, lesions) and _full(aspects, devices):
+            break
         for image in encode.read(path):
             if image.box is not None:
                 _keep(boxes, image.labels["pathology"] or "", image.box)
             _keep(aspects, image.labels.get("device") or "", image.height / image.width)
     return boxes, aspects
+
+
+def _full(kept: dict[str, list[Any]], names: Iterable[str]) -> bool:
+    return all(len(kept.get(name, ())) == MOST_KEPT for name in names)
 
 
 def _keep(kept: dict[str, list[Any]], name: str, value: Any) -> None:

@@ -285,8 +285,9 @@ def write(table: dict[str, Any], left: int, generator: str, settings: Settings, 
     lines = ["# What generated images are worth to a reader", ""]
     lines += [
         f"Every arm: {settings.steps} steps of {settings.batch} images at {settings.size} px, from ImageNet."
-        f" Real images, and the generator's, are those of {', '.join(settings.sources)}; every other source is external. Arms without"
-        " classic augmentation mirror their images, and now and then darken, brighten or coarsen them.",
+        f" Real images, and the generator's, are those of {', '.join(settings.sources)}; every other source is"
+        " external. Arms without classic augmentation mirror their images, and now and then darken, brighten or"
+        " coarsen them.",
         "",
         f"Runs still to do: {left}." if left else "All runs of the queue are done.",
     ]
