@@ -164,7 +164,7 @@ def test_arms_differ_only_in_what_they_see() -> None:
     """Every arm takes the same steps with the same batch; only sources and augmentation differ."""
     every = [value.reader_settings(Run(arm, 0), PAINTED) for arm in value.arms(100)]
     assert len({(s.steps, s.batch, s.size, s.rate) for s in every}) == 1
-    assert [run.seed for run in value.queue(value.arms(100), 2)[:7]] == [0] * 7
+    assert [run.seed for run in value.queue(value.arms(100), 2)[:8]] == [0] * 8
 
 
 def test_a_queue_answers_one_question(root: Path, tmp_path: Path) -> None:
