@@ -2,7 +2,8 @@
 
 Rules:
 - The arms: real; real with classic augmentation; real with as many duplicates; real with generated images at several
-  ratios; generated only, and that with classic augmentation. Besides, scaling: fewer real images, and ever more generated ones.
+  ratios; generated only, and that with classic augmentation. Besides, scaling: fewer real images, and ever more
+  generated ones.
 - Every arm sees the same number of images, classes in the same balance; only what they are drawn from differs. Classic
   augmentation is an arm of its own, so that what it gives or costs is not mixed with what images give or cost: all
   other arms' images are mirrored, and now and then darker, brighter or coarser, and nothing else.
