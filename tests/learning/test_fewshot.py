@@ -76,6 +76,21 @@ def test_an_adapter_says_who_taught_it(root: Path, tmp_path: Path) -> None:
             fewshot.learnt_from(path, others, source)
 
 
+def test_a_clip_does_not_fill_the_shots(tmp_path: Path) -> None:
+    """Of patients with twenty frames each, eight shots show eight patients, both classes, and more only when asked."""
+    source = fewshot.Source(task(tmp_path).task, ("painted",), ("device-adapt",), ("cyst", "mucinous"), 64, "")
+    values = [wanted.values[0] for wanted in source.task.classes if wanted.name in source.classes]
+    rows = [
+        data.Row(f"{p}-{i}", "m", "painted", f"p{p}", "benign", "device-adapt", {source.task.column: values[p % 2]}, 2)
+        for p in range(10)
+        for i in range(20)
+    ]
+    chosen = fewshot.choose(rows, source, 8, 0)
+    assert len({row.patient for row in chosen}) == 8
+    assert {row.labels[source.task.column] for row in chosen} == set(values)
+    assert len({row.image for row in fewshot.choose(rows, source, 24, 0)}) == 24
+
+
 def test_an_adapter_has_a_filter_that_knows_its_shots(root: Path, tmp_path: Path) -> None:
     """A copy of a shot, which the generator's own filter lets through, is dropped by the filter beside the adapter."""
     none = release.Filter(*(np.zeros(shape, np.float32) for shape in ((512,), (512, 64), (1, 64))), 0.01)

@@ -10,6 +10,7 @@ Rules:
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import time
@@ -107,7 +108,7 @@ def read_task(path: Path) -> Source:
 
 
 def choose(rows: Sequence[data.Row], source: Source, shots: int, seed: int) -> list[data.Row]:
-    """K images, patient by patient, the classes in turn; a lesion without an outline would be taught as none."""
+    """K images, classes and their patients in turn; a lesion without an outline would be taught as none."""
     if not FEWEST <= shots <= min(MOST, source.most):
         raise Misconfigured(
             f"Shots are {FEWEST} to {min(MOST, source.most)} for the task {source.task.name}, not {shots}."
@@ -115,7 +116,7 @@ def choose(rows: Sequence[data.Row], source: Source, shots: int, seed: int) -> l
     there = [row for row in rows if row.split in source.splits and (not source.sources or row.source in source.sources)]
     mine = [row for row in there if row.outlined]
     rng = np.random.default_rng(seed)
-    waiting: dict[str, list[list[data.Row]]] = {}
+    waiting: dict[str, list[data.Row]] = {}
     for wanted in source.task.classes:
         if wanted.name not in source.classes:
             continue
@@ -124,12 +125,8 @@ def choose(rows: Sequence[data.Row], source: Source, shots: int, seed: int) -> l
             if row.labels.get(source.task.column) in wanted.values:
                 patients.setdefault(row.patient, []).append(row)
         groups = list(patients.values())
-        waiting[wanted.name] = [groups[i] for i in rng.permutation(len(groups))]
-    chosen: list[data.Row] = []
-    while len(chosen) < shots and any(waiting.values()):
-        for groups in waiting.values():
-            if groups and len(chosen) < shots:
-                chosen += groups.pop()[: shots - len(chosen)]
+        waiting[wanted.name] = _in_turn([groups[i] for i in rng.permutation(len(groups))])
+    chosen = _in_turn(list(waiting.values()))[:shots]
     if len(chosen) < FEWEST:
         bare = len(there) - len(mine)
         without = f" ({bare} lesions without an outline are left out)" if bare else ""
@@ -146,6 +143,11 @@ def choose(rows: Sequence[data.Row], source: Source, shots: int, seed: int) -> l
     return chosen
 
 
+def _in_turn(groups: Sequence[Sequence[data.Row]]) -> list[data.Row]:
+    """The first of every group, then the second of every group, and so on: a clip of twenty frames is one patient."""
+    return [row for turn in itertools.zip_longest(*groups) for row in turn if row is not None]
+
+
 def parted(rows: Sequence[data.Row], share: float, seed: int) -> tuple[list[data.Row], list[data.Row]]:
     """Shots that teach and shots that judge, no patient in both."""
     patients = sorted({row.patient for row in rows})
@@ -159,9 +161,11 @@ def parted(rows: Sequence[data.Row], share: float, seed: int) -> tuple[list[data
 def learnt_from(adapter: Path, rows: Sequence[data.Row], source: Source) -> list[data.Row]:
     """The images that taught an adapter, by its own word on how they were chosen; who judged it is not among them."""
     notes = checkpoint.read(adapter)[1]
+    if "taught" not in notes:
+        raise Misconfigured(f"{adapter} does not say which images taught it: make it anew with `busgen-cds fewshot`.")
     how = notes["settings"]
     taught = parted(choose(rows, source, how["shots"], how["seed"]), how["held_out"], how["seed"])[0]
-    if notes["task"] != source.task.name or notes.get("taught", _names(taught)) != _names(taught):
+    if notes["task"] != source.task.name or notes["taught"] != _names(taught):
         raise Misconfigured(
             f"{adapter} was taught by other images, for the task {notes['task']}: name the task file and the data"
             " that it was made with."
