@@ -36,7 +36,7 @@ from busgen_cds.bundle import Bundle, Candidate
 from busgen_cds.errors import Misconfigured
 from busgen_cds.learning import calibrate, data, embed, export, figures, judge, release, tasks
 from busgen_cds.learning.generator import ADAPTER as ADAPTER_FILE
-from busgen_cds.learning.generator import Generator
+from busgen_cds.learning.generator import VARIOUS, Generator
 from busgen_cds.learning.judge import Evidence, Material, Read, Rules, Verdict
 from busgen_cds.learning.recipes import adapt_reader, audit, fewshot, make_bundle, synthesise, value
 
@@ -135,6 +135,7 @@ def generate(run: Path, settings: Settings) -> str:
         devices=tuple(sorted(used & set(makes.card.vocabulary.names["device"]))),  # a shot showed each
         filtered=gate is not None,
         shard=32,
+        sampling=VARIOUS,
     )
     torch.set_num_threads(settings.threads)
     synthesise.generate(makes, run / IMAGES, how, gate)
