@@ -120,7 +120,7 @@ def test_a_bundle_that_cannot_be_written_leaves_no_key(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(Misconfigured, match=r"could not be written .*no bundle"):
         cli._sign(a_candidate(), tmp_path / "file" / "bundle", tmp_path / "keys")
-    assert not list((tmp_path / "keys").iterdir())
+    assert not list((tmp_path / "keys").glob("*"))
 
 
 def test_a_seal_harms_no_earlier_bundle(tmp_path: Path) -> None:
