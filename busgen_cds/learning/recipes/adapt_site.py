@@ -259,7 +259,7 @@ def _one_in(share: int, rows: Sequence[data.Row]) -> set[str]:
 def _lessons_of(folder: Path, all_of_them: bool) -> list[dict[str, str]]:
     """The release's images that do not judge."""
     rows = data.read_manifest(folder)
-    return [value.moved(r, folder.resolve()) for r in rows if all_of_them or not judges(r)]
+    return [value.moved(r, folder) for r in rows if all_of_them or not judges(r)]
 
 
 def _any(folder: Path) -> bool:

@@ -3,7 +3,8 @@
 Rules:
 - Both arms take the same steps with the same batch; the second draws a share of its images from the generated ones.
 - F1 is that of the pixels of each lesion image of the test split, averaged; its interval is over patients.
-- The generator may have seen the training split of BUSI and nothing of its test; that is asserted.
+- The generator may have seen the training split of BUSI and nothing of its test: a manifest with a patient in two
+  splits is refused, and so are images that another generator made.
 - Image and outline are mirrored by one coin, and never upside down.
 
 Network: BasicUNet of MONAI.

@@ -33,8 +33,8 @@ def ship(run: Path, results: Path, out: Path) -> Path:
     for name in files:
         shutil.copyfile(run / name, out / name)
     makes = Generator.load(run, device="cpu")
-    pages = ("generator-fidelity", "privacy", "generator-value")
-    figures = {name: _figures_of(makes.digest, results / f"{name}.json") for name in pages}
+    pages, digest = ("generator-fidelity", "privacy", "generator-value"), makes.digest
+    figures = {name: _figures_of(digest, results / f"{name}.json") for name in pages}
     (out / MODEL_CARD).write_text(describe(makes.card, size, figures), encoding="utf-8")
     return out
 

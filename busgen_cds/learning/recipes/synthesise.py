@@ -279,10 +279,11 @@ def check_maker(folder: Path, makes: Generator) -> None:
     """This generator, and no other, made a folder's images."""
     if not (folder / MANIFEST).is_file():
         raise Misconfigured(f"{folder} holds no generated images: `busgen-cds generate` makes some.")
-    if maker(folder) != makes.digest:
+    made_by, named = maker(folder), makes.digest
+    if made_by != named:
         raise Misconfigured(
-            f"The images in {folder} were made by the weights {maker(folder)[:16] or 'of an unnamed generator'}, and"
-            f" the generator named has {makes.digest[:16]}: name the generator, and the adapter, that made them."
+            f"The images in {folder} were made by the weights {made_by[:16] or 'of an unnamed generator'}, and"
+            f" the generator named has {named[:16]}: name the generator, and the adapter, that made them."
         )
 
 
