@@ -37,6 +37,7 @@ CONTROL_MEMBERSHIP = 0.75
 MOST_FOUND = 0.05  # members found at 1 % false alarms
 FOUND = 0.9  # share of planted copies that an attack must find to conclude anything
 FEWEST = 100  # generated images: fewer say nothing of a rate of one in a hundred
+SEEN_BESIDE = ("birads", "device")  # labels that are no class: an image's class is its pathology, or a task's own
 PLANTED = "control: copies planted among the generated images"
 OVERTRAINED = "control: an over-trained generator"
 Verdict = Literal["passes", "fails", "concludes nothing"]
@@ -138,7 +139,11 @@ def planted_rate(suspect: Suspect, embedding: Embedding, limit: float, count: in
 
 
 def membership(suspect: Suspect, control: Suspect | None, embeddings: Mapping[str, Embedding]) -> list[Finding]:
-    """Can it be told from the generator's loss whether a patient was among those it learnt from?"""
+    """Can it be told from the generator's loss whether a patient was among those it learnt from?
+
+    Some classes are easier to draw than others, and an adapter's shots are chosen by class: every score is counted from
+    what strangers of its own class have, or the class would be found and called membership.
+    """
     area, caught_few = _membership(suspect)
     leaky, leaky_few = _membership(control) if control is not None else (_nothing(), _nothing())
     caught = leaky.value >= CONTROL_MEMBERSHIP
@@ -149,14 +154,28 @@ def membership(suspect: Suspect, control: Suspect | None, embeddings: Mapping[st
 
 
 def _membership(suspect: Suspect) -> tuple[Interval, Interval]:
+    examples = [*suspect.members.examples, *suspect.strangers.examples]
     scores = np.concatenate([member_score(suspect.makes, s.examples) for s in (suspect.members, suspect.strangers)])
     truth = np.r_[np.ones(len(suspect.members.examples), np.int64), np.zeros(len(suspect.strangers.examples), np.int64)]
     patients = np.concatenate([suspect.members.patients, suspect.strangers.patients])
-    score, member, patient = figures.by_patient(scores, truth, patients)
+    score, member, patient = figures.by_patient(within_class(scores, examples, truth == 0), truth, patients)
     return (
         figures.auc_interval(score, member, patient),
         figures.bootstrap(lambda i: figures.sensitivity_at_specificity(score[i], member[i], 0.99), patient, 300),
     )
+
+
+def within_class(
+    scores: NDArray[np.float64], examples: Sequence[questions.Example], stranger: NDArray[np.bool_]
+) -> NDArray[np.float64]:
+    """Scores above the mean of the strangers of the same class; of all strangers where the class has none."""
+    counted: NDArray[np.float64] = scores - scores[stranger].mean()
+    shown = [tuple(label for name, label in e.labels.items() if name not in SEEN_BESIDE) for e in examples]
+    for each in set(shown):
+        alike = np.array([one == each for one in shown])
+        if (alike & stranger).any():
+            counted[alike] = scores[alike] - scores[alike & stranger].mean()
+    return counted
 
 
 @torch.inference_mode()

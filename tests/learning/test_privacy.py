@@ -6,12 +6,14 @@ import dataclasses
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from busgen_cds.learning import data, embed, privacy
+from busgen_cds.learning import data, embed, figures, privacy
 from busgen_cds.learning.privacy import Seen, Suspect
 from busgen_cds.learning.recipes import audit, synthesise
 from tests.learning.generators import SIZE, data_folder, tiny
@@ -145,6 +147,28 @@ def test_what_a_poor_decoder_draws_of_a_training_image_is_its_copy(tmp_path: Pat
     how = audit.Settings(control_steps=0)
     copies, *_ = audit.audit(makes, "tiny", root, tmp_path / "made", {"pixels": embed.raw}, how).findings
     assert copies.attack == "copies (pixels)" and copies.value.value == 1
+
+
+def test_a_class_that_is_easy_to_draw_is_not_taken_for_membership() -> None:
+    """Shots are half malignant and their strangers a third: within a class members score as strangers do."""
+
+    malignant = np.r_[np.ones(200), np.zeros(200), np.ones(300), np.zeros(600)] > 0
+    stranger = np.arange(1300) >= 400
+    scores = np.random.default_rng(0).normal(size=1300) + 5 * malignant
+    names = ["malignant" if one else "benign" for one in malignant]
+    examples: Any = [SimpleNamespace(labels={"pathology": name, "device": str(i)}) for i, name in enumerate(names)]
+    before = figures.auc(scores, (~stranger).astype(int))
+    after = figures.auc(privacy.within_class(scores, examples, stranger), (~stranger).astype(int))
+    assert before > 0.55 and abs(after - 0.5) < 0.05
+    known = privacy.within_class(scores + 3 * ~stranger, examples, stranger)
+    assert figures.auc(known, (~stranger).astype(int)) > 0.95, "what was learnt by heart is still found"
+
+
+def test_a_class_that_no_stranger_shows_is_compared_with_all_of_them() -> None:
+    """A rare label's members are scored all the same."""
+    examples: Any = [SimpleNamespace(labels={"pathology": name}) for name in ("rare", "benign", "benign")]
+    counted = privacy.within_class(np.array([4.0, 1.0, 3.0]), examples, np.array([False, True, True]))
+    assert counted.tolist() == [2, -1, 1]
 
 
 @pytest.mark.slow

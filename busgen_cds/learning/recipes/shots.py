@@ -25,7 +25,7 @@ from busgen_cds import signing
 from busgen_cds.errors import Misconfigured
 from busgen_cds.learning import checkpoint, data, figures
 from busgen_cds.learning.figures import Interval
-from busgen_cds.learning.generator import Generator
+from busgen_cds.learning.generator import VARIOUS, Generator, Sampling
 from busgen_cds.learning.recipes import adapt_reader, fewshot, site_adaptation, synthesise, value
 from busgen_cds.learning.recipes.autoencode import describe
 from busgen_cds.learning.recipes.fewshot import Source
@@ -42,6 +42,7 @@ class Settings:
     generated: int = 200  # images of each adapter
     adapter: fewshot.Settings = dataclasses.field(default_factory=fewshot.Settings)
     reader: adapt_reader.Settings = dataclasses.field(default_factory=adapt_reader.Settings)
+    sampling: Sampling = VARIOUS  # as a night asks
 
 
 @dataclass(frozen=True)
@@ -126,8 +127,15 @@ def _adapted_images(
     mix = {
         name: float(np.mean([row.pathology == name for row in chosen])) for name in {row.pathology for row in chosen}
     }
-    how_many = synthesise.Settings(count=settings.generated, seed=run.seed, mix=mix, devices=devices, filtered=False)
-    synthesise.generate(load(adapter), folder / "images", how_many, None)
+    asked = synthesise.Settings(
+        count=settings.generated,
+        seed=run.seed,
+        mix=mix,
+        devices=devices,
+        filtered=False,
+        sampling=settings.sampling,
+    )
+    synthesise.generate(load(adapter), folder / "images", asked, None)
     return folder / "images"
 
 
