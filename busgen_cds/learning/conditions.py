@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from scipy.ndimage import distance_transform_edt
+from scipy.spatial.distance import cdist
+from scipy.special import logsumexp
 from torch import Tensor
 
 from busgen_cds.errors import Misconfigured
@@ -32,6 +34,7 @@ REACH = 0.1  # of the image's side: the distance at which the outline's plane is
 NEAR_COPY = 0.01  # of the region: a box whose every edge is nearer than this to a training box is a copy
 MOST_DRAWS = 1000  # of a box, until one is nobody's
 BANDWIDTHS = (0.05, 0.08, 0.12, 0.18, 0.25, 0.35, 0.5, 0.7)  # of the standard deviation, each tried
+AT_ONCE = 512  # boxes whose likelihood is asked for: their distances to all others are held
 UNTOLD = 0.35  # where no box is held out to tell: wide, for a narrow one replays the training boxes
 
 
@@ -169,11 +172,11 @@ def log_likelihood(known: NDArray[np.float32], other: NDArray[np.float32], bandw
     """Mean log density of other boxes under the kernel density of the known ones."""
     points, queries = _open(known), _open(other)
     width = bandwidth * np.maximum(points.std(0), 1e-3)
-    z = (queries[:, None] - points[None]) / width
-    exponent = -0.5 * (z**2).sum(-1)
-    top = exponent.max(1, keepdims=True)
-    density = np.log(np.exp(exponent - top).sum(1)) + top[:, 0] - np.log(len(points)) - np.log(width).sum()
-    return float(density.mean() - 2 * np.log(2 * np.pi))
+    total = 0.0
+    for i in range(0, len(queries), AT_ONCE):
+        exponent = -0.5 * cdist(queries[i : i + AT_ONCE] / width, points / width, "sqeuclidean")
+        total += float(logsumexp(exponent, axis=1).sum())
+    return float(total / len(queries) - np.log(len(points)) - np.log(width).sum() - 2 * np.log(2 * np.pi))
 
 
 def _open(boxes: NDArray[np.float32]) -> NDArray[np.float64]:

@@ -233,6 +233,11 @@ def load(root: Path, rows: Sequence[Row], cache: Path | None = None, size: int =
                     f"Line {row.line}: {row.mask} is {_sides(outline)} and its image {row.image} {_sides(grey)}:"
                     " an outline is drawn at the size of its image."
                 )
+            if row.lesion and not outline.any():
+                raise Misconfigured(
+                    f"Line {row.line}: {row.mask} is all black, and would teach that {row.image} shows no lesion: draw"
+                    " the lesion, or leave the mask's column empty."
+                )
             mask[i] = prepare_mask(outline, placement)
     if kept is not None:
         kept.parent.mkdir(parents=True, exist_ok=True)

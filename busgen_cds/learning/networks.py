@@ -80,9 +80,9 @@ def joined(givens: list[Given]) -> Given:
     return Given(*(torch.cat(parts) for parts in zip(*givens, strict=True)))
 
 
-def nameable(condition: str) -> bool:
-    """Whether a condition's table can have its name: torch takes neither a dot nor a name of its own."""
-    return "." not in condition and not hasattr(nn.ModuleDict(), condition)
+def nameable(part: str) -> bool:
+    """Whether a table or a head can have its name: torch takes neither a dot nor a name of its own."""
+    return bool(part) and "." not in part and not hasattr(nn.ModuleDict(), part)
 
 
 class Conditions(nn.Module):

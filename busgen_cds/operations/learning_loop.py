@@ -73,12 +73,13 @@ def write_cases(book: Casebook, cases: Sequence[Listed], folder: Path) -> Path:
 
 def _written(book: Casebook, listed: Listed, folder: Path) -> dict[str, str]:
     case, name = book.open(listed.ref), listed.ref
+    mask = case.mask if case.mask is not None and case.mask.any() else None  # one beside the region is none
     Image.fromarray(case.tissue).save(folder / f"{name}.png")
-    if case.mask is not None:
-        Image.fromarray(np.where(case.mask, 255, 0).astype(np.uint8)).save(folder / f"{name}-mask.png")
+    if mask is not None:
+        Image.fromarray(np.where(mask, 255, 0).astype(np.uint8)).save(folder / f"{name}-mask.png")
     return {
         "image": f"{name}.png",
-        "mask": f"{name}-mask.png" if case.mask is not None else "",
+        "mask": f"{name}-mask.png" if mask is not None else "",
         "source": SOURCE,
         "patient": case.patient_hash,
         "pathology": case.pathology,

@@ -13,6 +13,7 @@ from pydicom.dataset import Dataset, FileMetaDataset
 
 from busgen_cds.arrival import Arrival, Peek
 from busgen_cds.flows import confirm_case
+from busgen_cds.learning import data
 from busgen_cds.operations import learning_loop
 from busgen_cds.pathology import Report
 from busgen_cds.store import audit
@@ -146,6 +147,16 @@ def test_a_conflict_takes_the_case_back_until_a_person_settles_it(site: Site) ->
     assert site.book.withdraw(report[:8], who="ruth") and not site.book.withdraw(report, who="ruth")
     assert confirm_case.gather(site.stations)[0].found == Known("malignant", "reader")
     assert ("case dropped", "case maker") in site.acts("case")
+
+
+def test_an_outline_beside_the_tissue_is_none(site: Site, tmp_path: Path) -> None:
+    """A lesion drawn where no tissue is would teach that the image shows none: it goes out without an outline."""
+    ref = site.study(5, Says("5"))
+    site.says(ref, "edit", contour=((9001.0, 9001.0), (9009.0, 9001.0), (9009.0, 9009.0)))
+    confirm_case.gather(site.stations)
+    folder = learning_loop.write_cases(site.book, site.book.listing(), tmp_path / "out")
+    (row,) = data.read_manifest(folder)
+    assert (row.pathology, row.outlined) == ("malignant", False)
 
 
 def test_an_edited_contour_is_the_mask(site: Site) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy.stats import norm
 
 from busgen_cds.errors import Misconfigured
 from busgen_cds.learning import checkpoint, conditions, generator, networks
@@ -269,6 +270,15 @@ def test_the_bandwidth_is_the_one_that_explains_others_boxes() -> None:
     known, other = (np.array(some_boxes(200, s), np.float32) for s in (0, 5))
     best = conditions.log_likelihood(known, other, prior.bandwidth["benign"])
     assert best > conditions.log_likelihood(known, other, 0.001)  # the replay that must not be
+
+
+def test_the_likelihood_is_that_of_a_kernel_density() -> None:
+    """One box under one known box is a normal density of each log-odds; a thousand more need no more at once."""
+    known, far = np.array(some_boxes(3), np.float32), np.array(some_boxes(1200, seed=7), np.float32)
+    points, others = conditions._open(known), conditions._open(far)
+    width = 0.5 * points.std(0)
+    each = [[norm.pdf(o, p, width).prod() for p in points] for o in others]
+    assert conditions.log_likelihood(known, far, 0.5) == pytest.approx(np.log(np.mean(each, 1)).mean())
 
 
 def test_without_held_out_boxes_the_prior_is_wide() -> None:

@@ -170,6 +170,16 @@ def test_an_outline_of_another_size_is_named(root: Path) -> None:
         data.load(root, data.read_manifest(root), None, toys.SIZE)
 
 
+def test_an_outline_that_is_all_black_is_named(root: Path) -> None:
+    """It would teach that there is no lesion: it is refused, with what to do."""
+    row = next(r for r in data.read_manifest(root) if r.lesion and r.mask)
+    Image.fromarray(np.zeros((toys.SIZE, toys.SIZE), np.uint8)).save(root / row.mask)
+    with pytest.raises(
+        Misconfigured, match=rf"Line {row.line}: {row.mask} is all black.*leave the mask's column empty"
+    ):
+        data.load(root, data.read_manifest(root), None, toys.SIZE)
+
+
 def test_prepared_images_are_those_of_the_files(root: Path, tmp_path: Path) -> None:
     """An image that was replaced, or another folder with the same names, never comes out of the cache."""
     first = data.load(root, data.read_manifest(root), tmp_path / "cache", toys.SIZE)
@@ -303,6 +313,21 @@ def test_a_task_file_becomes_a_head(root: Path, tmp_path: Path) -> None:
     assert task.targets(rows[:3]) == [-1, 0, 1]
     made = train_reader.train(root, tmp_path / "run", toys.settings(steps=2, tasks=(task,)))
     assert any(name.startswith("average.heads.grade.") for name in checkpoint.read(made)[0])
+
+
+@pytest.mark.parametrize("name", ["malignancy", "birads", "keys", "a.b", ""])
+def test_a_task_named_as_a_part_of_the_reader_is_refused(name: str) -> None:
+    """A head of that name would replace the reader's own, or torch's."""
+    task = tasks.Task(name, "histology", (tasks.TaskClass("one", ("1",)), tasks.TaskClass("two", ("2",))))
+    with pytest.raises(Misconfigured, match="Choose another"):
+        train_reader.shape_of(toys.settings(tasks=(task,)))
+
+
+def test_two_tasks_of_one_name_are_refused() -> None:
+    """The second would be the only one."""
+    task = tasks.Task("grade", "birads", (tasks.TaskClass("low", ("2",)), tasks.TaskClass("high", ("5",))))
+    with pytest.raises(Misconfigured, match="grade"):
+        train_reader.shape_of(toys.settings(tasks=(task, task)))
 
 
 def test_a_task_with_one_class_is_refused(tmp_path: Path) -> None:

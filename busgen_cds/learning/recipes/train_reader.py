@@ -24,9 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from busgen_cds.errors import Misconfigured
-from busgen_cds.learning import augment, checkpoint, data, figures, processes
+from busgen_cds.learning import augment, checkpoint, data, figures, networks, processes
 from busgen_cds.learning.processes import Team
-from busgen_cds.learning.reader import Reader, Reading, Shape
+from busgen_cds.learning.reader import MALIGNANCY, Reader, Reading, Shape
 from busgen_cds.learning.tasks import Task
 
 CHECKPOINT = "reader.safetensors"
@@ -216,7 +216,13 @@ def choose(rows: list[data.Row], settings: Settings) -> tuple[list[data.Row], li
 
 
 def shape_of(settings: Settings) -> Shape:
-    heads = {"birads": len(BIRADS), **{task.name: len(task.classes) for task in settings.tasks}}
+    heads = {"birads": len(BIRADS)}
+    for task in settings.tasks:
+        if task.name in (MALIGNANCY, *heads) or not networks.nameable(task.name):
+            raise Misconfigured(
+                f"A task cannot be called {task.name!r}: the reader has that name already. Choose another."
+            )
+        heads[task.name] = len(task.classes)
     return dataclasses.replace(settings.shape, tasks=heads)
 
 
