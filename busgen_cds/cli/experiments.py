@@ -96,10 +96,10 @@ def value(
         runs = [run for run in runs if not run.arm.generated]
     card = makes.card if makes else None
     left = recipe.work(runs, root, images, card, out, settings, init, cache, most, console.print)
-    found = recipe.results(out)
-    if found:
-        table = recipe.compared(found, root, settings, cache)
-        console.print(f"Written: {recipe.write(table, left, makes.digest if makes else '', settings, results)}")
+    if found := recipe.results(runs, out):
+        table, page = recipe.compared(found, root, settings, cache), recipe.SCALING if scaling else recipe.NAME
+        digest = makes.digest if makes else ""
+        console.print(f"Written: {recipe.write(table, left, digest, settings, results, page)}")
     console.print(f"{left} runs left")
 
 

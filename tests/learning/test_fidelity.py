@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +178,19 @@ def test_a_queue_answers_one_question(root: Path, tmp_path: Path) -> None:
     assert work() == work(seeds=3) == 0
     with pytest.raises(Misconfigured, match=r"with other settings \(see settings\.json: steps\)"):
         work(steps=3)
+
+
+def test_the_arms_of_growing_size_have_a_page_of_their_own(tmp_path: Path) -> None:
+    """Two queues may share a folder of runs: each compares its own arms, and neither page replaces the other."""
+    for arm in (Arm("real"), *value.scaling()):
+        (tmp_path / f"{arm.name}-0").mkdir()
+        told = {"arm": dataclasses.asdict(arm), "seed": 0, "auc": {}, "scores": {}}
+        (tmp_path / f"{arm.name}-0" / value.RESULT).write_text(json.dumps(told))
+    found = value.results(value.queue(value.scaling(), 2), tmp_path)
+    assert [run["arm"]["name"] for run in found] == [arm.name for arm in value.scaling()]
+    pages = [value.write({}, 0, "", PAINTED, tmp_path, page) for page in (value.NAME, value.SCALING)]
+    assert [page.name for page in pages] == ["generator-value.md", "generator-scaling.md"]
+    assert "ever more" in pages[1].read_text() and "ever more" not in pages[0].read_text()
 
 
 def test_duplicates_are_as_many_as_the_real_images(root: Path, tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ from busgen_cds.learning import augment, checkpoint, data, embed, evaluate, figu
 from busgen_cds.learning.generator import Card
 from busgen_cds.learning.recipes import synthesise, train_reader
 
-NAME = "generator-value"
+NAME, SCALING = "generator-value", "generator-scaling"  # pages: the comparison; the arms of growing size
 RESULT, SETTINGS = "value.json", "settings.json"
 SETS = (
     *("BUS-BRA test", "BUS-BRA unseen devices", "BUSI external, lesions", "BUSI external, all 780"),
@@ -226,8 +226,10 @@ def read(trained: Path, images: embed.Squares) -> NDArray[np.float64]:
 # The page
 
 
-def results(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(out.glob(f"*/{RESULT}"))]
+def results(runs: Sequence[Run], out: Path) -> list[dict[str, Any]]:
+    """Of those runs of a queue that are done."""
+    files = [out / run.name / RESULT for run in runs]
+    return [json.loads(path.read_text(encoding="utf-8")) for path in files if path.exists()]
 
 
 def compared(found: list[dict[str, Any]], root: Path, settings: Settings, cache: Path | None = None) -> dict[str, Any]:
@@ -279,12 +281,12 @@ def _line(
     return line
 
 
-def write(table: dict[str, Any], left: int, generator: str, settings: Settings, out: Path) -> Path:
+def write(table: dict[str, Any], left: int, generator: str, settings: Settings, out: Path, page: str = NAME) -> Path:
     """`generator`: the digest of that which made the images; empty: none did."""
     out.mkdir(parents=True, exist_ok=True)
     found = {"left": left, "generator": generator, "table": table}
-    (out / f"{NAME}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    lines = ["# What generated images are worth to a reader", ""]
+    (out / f"{page}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    lines = [f"# What {'ever more' if page == SCALING else 'generated'} images are worth to a reader", ""]
     lines += [
         f"Every arm: {settings.steps} steps of {settings.batch} images at {settings.size} px, from ImageNet."
         f" Real images, and the generator's, are those of {', '.join(settings.sources)}; every other source is"
@@ -306,5 +308,5 @@ def write(table: dict[str, Any], left: int, generator: str, settings: Settings, 
             seeds = ", ".join(f"{x:.3f}" for x in line["seeds"])
             whole = figures.Interval(**line["ensemble"])
             lines.append(f"| {name} | {len(line['seeds'])} | {seeds} | {whole} | {gain} |")
-    (out / f"{NAME}.md").write_text("\n".join([*lines, ""]), encoding="utf-8")
-    return out / f"{NAME}.md"
+    (out / f"{page}.md").write_text("\n".join([*lines, ""]), encoding="utf-8")
+    return out / f"{page}.md"
