@@ -95,24 +95,32 @@ def distances(images: Squares, known: Squares, embedding: Embedding) -> NDArray[
 
 
 def copies(suspect: Suspect, control: Suspect | None, embeddings: Mapping[str, Embedding]) -> list[Finding]:
-    """The share of generated images nearer to a training image than a held-out patient's ever are, both ways."""
+    """Generated images nearer to a training image than held-out patients' are; and the other way round, training images
+    to which a generated one is nearer than any is to held-out patients'.
+    """
     found = []
     for name, embedding in embeddings.items():
-        limit = copy_threshold(suspect, embedding)  # the control is held to it too: with few members its own is looser
+        limit, back = copy_threshold(suspect, embedding), copied_threshold(suspect, embedding)
         rate, planted = copy_rate(suspect, embedding, limit), planted_rate(suspect, embedding, limit)
-        back = copied_rate(suspect, embedding, limit)
-        leaky = copied_rate(control, embedding, limit) if control is not None else _nothing()
+        shown = copied_rate(suspect, embedding, back)
+        # the control is held to the same limit: that of its few images would be looser
+        leaky = copied_rate(control, embedding, back) if control is not None else _nothing()
         caught = planted.value >= FOUND and len(suspect.generated) >= FEWEST
         remembers = caught and leaky.low > MOST_COPIES
         found += [
             _finding(f"copies ({name})", "share of generated images", rate, planted, MOST_COPIES, caught, PLANTED),
-            _finding(f"copied ({name})", "share of training images", back, leaky, MOST_COPIES, remembers, OVERTRAINED),
+            _finding(f"copied ({name})", "share of training images", shown, leaky, MOST_COPIES, remembers, OVERTRAINED),
         ]
     return found
 
 
 def copy_threshold(suspect: Suspect, embedding: Embedding) -> float:
     return float(np.percentile(distances(suspect.strangers.drawn, suspect.members.drawn, embedding), COPY_PERCENTILE))
+
+
+def copied_threshold(suspect: Suspect, embedding: Embedding) -> float:
+    """The more images are made, the nearer one comes to anybody: also to patients whom the generator never saw."""
+    return float(np.percentile(distances(suspect.strangers.drawn, suspect.generated, embedding), COPY_PERCENTILE))
 
 
 def copy_rate(suspect: Suspect, embedding: Embedding, limit: float) -> Interval:
