@@ -102,12 +102,13 @@ class Conditions(nn.Module):
     @torch.no_grad()
     def grow(self, vocabulary: Vocabulary) -> None:
         """Room for new labels: a new one starts at its condition's mean, a new condition says nothing yet."""
+        device = next(self.parameters()).device
         for name, labels in vocabulary.names.items():
-            old = self.tables[name].weight if name in self.tables else torch.zeros(1, self.dim)
+            old = self.tables[name].weight if name in self.tables else torch.zeros(1, self.dim, device=device)
             new = old.mean(0, keepdim=True).expand(len(labels) + 1 - len(old), -1)  # type: ignore[operator, arg-type]
             table = nn.Embedding(len(labels) + 1, self.dim)
             table.weight.copy_(torch.cat([old, new]))  # type: ignore[list-item]
-            self.tables[name] = table.to(old.device)  # type: ignore[arg-type]
+            self.tables[name] = table.to(device)
 
 
 class UNet(nn.Module):

@@ -154,7 +154,8 @@ def membership(suspect: Suspect, control: Suspect | None, embeddings: Mapping[st
     """
     area, caught_few = _membership(suspect)
     leaky, leaky_few = _membership(control) if control is not None else (_nothing(), _nothing())
-    caught = leaky.value >= CONTROL_MEMBERSHIP
+    # a few patients' AUC is low by chance: it must tell that it is not as high as the control's has to be
+    caught = leaky.value >= CONTROL_MEMBERSHIP and (area.value > MOST_MEMBERSHIP or area.high < CONTROL_MEMBERSHIP)
     return [
         _finding("membership", "AUC", area, leaky, MOST_MEMBERSHIP, caught, OVERTRAINED),
         _finding("membership", "true positives at 1 % false", caught_few, leaky_few, MOST_FOUND, caught, OVERTRAINED),

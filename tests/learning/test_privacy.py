@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from busgen_cds.errors import Misconfigured
 from busgen_cds.learning import data, embed, figures, privacy
+from busgen_cds.learning.figures import Interval
 from busgen_cds.learning.privacy import Seen, Suspect
 from busgen_cds.learning.recipes import audit, synthesise
 from tests.learning.generators import SIZE, data_folder, tiny
@@ -124,6 +126,38 @@ def test_membership_without_a_control_concludes_nothing(tmp_path: Path) -> None:
     """An AUC near a half proves nothing where no over-trained generator was caught by the same attack."""
     found = membership(tmp_path)
     assert {finding.verdict for finding in privacy.membership(found, None, {})} == {"concludes nothing"}
+
+
+def test_a_few_patients_conclude_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An AUC that may be that of a leak passes for none, whatever its point value is."""
+    measured = {
+        "few": Interval(0.52, 0.30, 0.78),
+        "enough": Interval(0.52, 0.40, 0.64),
+        "leak": Interval(0.7, 0.5, 0.9),
+    }
+    sure = Interval(1.0, 1.0, 1.0)
+    monkeypatch.setattr(
+        privacy, "_membership", lambda who: (sure, sure) if who == "control" else (measured[who], Interval(0, 0, 0))
+    )
+    told = {name: privacy.membership(name, "control", {})[0].verdict for name in measured}  # type: ignore[arg-type]
+    assert told == {"few": "concludes nothing", "enough": "passes", "leak": "fails"}
+
+
+def test_nobody_whom_the_generator_learnt_from_is_a_stranger(tmp_path: Path) -> None:
+    """Shots of the generator's own training split are compared with held-out patients, not with their neighbours."""
+    root = data_folder(tmp_path / "data", patients=24)
+    train = [row for row in data.read_manifest(root) if row.split == "train"]
+    assert {row.split for row in audit.others(root, train[:4], ("painted",))} == {"val"}
+    beside = audit.others(root, train[:4], ("elsewhere",))  # a generator that never saw this source
+    assert {row.split for row in beside} == {"train"} and len(beside) == len(train) - 4
+
+
+def test_data_that_lack_a_part_of_what_was_learnt_are_refused(tmp_path: Path) -> None:
+    """A filter or a report from half of the training images would call copies of the other half clean."""
+    root, makes = data_folder(tmp_path / "data", patients=24), tiny()
+    makes.card = dataclasses.replace(makes.card, trained_on=("painted", "busi"))
+    with pytest.raises(Misconfigured, match="no training image of busi.*Name the data"):
+        audit.build_filter(makes, root)
 
 
 def membership(folder: Path) -> Suspect:

@@ -1,7 +1,8 @@
 """Put a generator to the test: gather members and strangers, over-train the control, attack, report.
 
 Rules:
-- Members are the training split, strangers the validation split of the same sources: no patient is in both.
+- Members are the training split, strangers the validation split of the same sources: no patient is in both, and no
+  stranger was ever learnt from, by the generator below an adapter neither.
 - The positive control starts from the generator under test and is trained on few members, with nothing varied, until
   it must remember them; it is thrown away.
 - Every adapter is audited apart, against its own shots.
@@ -51,14 +52,8 @@ def audit(
 ) -> PrivacyReport:
     """The report on one generator and the images it made; `shots` are an adapter's own members."""
     synthesise.check_maker(generated, makes)
-    every = [row for row in data.read_manifest(root) if row.outlined]  # no other was learnt from
-    rows = [row for row in every if row.source in makes.card.trained_on or shots]
-    members = shots if shots is not None else [row for row in rows if row.split == "train"]
-    mine = {(row.source, row.split) for row in members}
-    strangers = [row for row in rows if row.split == "val"]
-    if shots is not None:  # the same site or device, other patients
-        patients = {row.patient for row in members}
-        strangers = [row for row in rows if (row.source, row.split) in mine and row.patient not in patients]
+    members = shots if shots is not None else learnt(root, makes.card.trained_on)
+    strangers = others(root, members, makes.card.trained_on)
     known = seen(makes, root, some(members, settings.members, settings.seed), cache)
     unknown = seen(makes, root, some(strangers, settings.members, settings.seed), cache)
     images, _ = synthesise.read_images(generated, makes.card.size)
@@ -67,6 +62,27 @@ def audit(
     control = overtrained(suspect, settings, tell) if settings.control_steps else None
     counts = synthesise.read_counts(generated)
     return privacy.audit(suspect, control, embeddings, counts.made, counts.dropped, synthesise.manner(generated))
+
+
+def learnt(root: Path, trained_on: Sequence[str]) -> list[data.Row]:
+    """All that a generator learnt from; a folder that lacks a part of it would call that part nobody's."""
+    rows = [row for row in data.read_manifest(root) if row.source in trained_on and row.split == "train"]
+    if missing := sorted(set(trained_on) - {row.source for row in rows}):
+        raise Misconfigured(
+            f"{root} holds no training image of {', '.join(missing)}, from which this generator learnt too: its copies"
+            " would not be found. Name the data that it was trained with."
+        )
+    return [row for row in rows if row.outlined]  # no other was learnt from
+
+
+def others(root: Path, members: Sequence[data.Row], trained_on: Sequence[str]) -> list[data.Row]:
+    """Patients like the members whom neither the generator nor its adapter saw: the rest of their split, or the `val` of
+    their source where the generator learnt from that whole split.
+    """
+    known = {row.patient for row in members}
+    where = {(r.source, "val" if r.split == "train" and r.source in trained_on else r.split) for r in members}
+    rows = [row for row in data.read_manifest(root) if row.outlined]
+    return [row for row in rows if (row.source, row.split) in where and row.patient not in known]
 
 
 def some(rows: Sequence[data.Row], most: int, seed: int) -> list[data.Row]:
@@ -150,9 +166,8 @@ def _asked_again(makes: Generator, known: Seen, settings: Settings) -> embed.Squ
 
 def build_filter(makes: Generator, root: Path, cache: Path | None = None) -> release.Filter:
     """The release filter of a generator, from all images it learnt from, in every view."""
-    rows = [row for row in data.read_manifest(root) if row.source in makes.card.trained_on and row.outlined]
+    rows = learnt(root, makes.card.trained_on)
     how = encode.Settings(size=makes.card.size, **makes.card.settings.get("encoded", {}))
-    learnt = encode.views(root, [r for r in rows if r.split == "train"], how, cache=cache)
-    train = np.stack([view.image for _, made in learnt for view in made])
-    val = data.load(root, [r for r in rows if r.split == "val"], cache, makes.card.size)
+    train = np.stack([view.image for _, made in encode.views(root, rows, how, cache=cache) for view in made])
+    val = data.load(root, others(root, rows, makes.card.trained_on), cache, makes.card.size)
     return release.build(embed.latent(makes.coder), train, val.image)
