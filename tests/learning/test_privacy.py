@@ -156,7 +156,7 @@ def test_data_that_lack_a_part_of_what_was_learnt_are_refused(tmp_path: Path) ->
     """A filter or a report from half of the training images would call copies of the other half clean."""
     root, makes = data_folder(tmp_path / "data", patients=24), tiny()
     makes.card = dataclasses.replace(makes.card, trained_on=("painted", "busi"))
-    with pytest.raises(Misconfigured, match="no training image of busi.*Name the data"):
+    with pytest.raises(Misconfigured, match=r"no training image of busi.*Name the data"):
         audit.build_filter(makes, root)
 
 

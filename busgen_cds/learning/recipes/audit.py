@@ -76,7 +76,7 @@ def learnt(root: Path, trained_on: Sequence[str]) -> list[data.Row]:
 
 
 def others(root: Path, members: Sequence[data.Row], trained_on: Sequence[str]) -> list[data.Row]:
-    """Patients like the members whom neither the generator nor its adapter saw: the rest of their split, or the `val` of
+    """Patients like the members whom neither the generator nor its adapter saw: the rest of their split, or `val` of
     their source where the generator learnt from that whole split.
     """
     known = {row.patient for row in members}
