@@ -45,17 +45,24 @@ def fidelity(
     cache: Cache = CACHE,
 ) -> None:
     """How real the images are: distances with floors, a judge with its control, masks, speed, a picture."""
-    from busgen_cds.learning import embed
+    from busgen_cds.errors import Misconfigured
+    from busgen_cds.learning import embed, release
     from busgen_cds.learning import fidelity as fidelity_
+    from busgen_cds.learning.generator import SHIPPED
     from busgen_cds.learning.recipes import fidelity_report as recipe
 
     makes = open_generator(generator)
+    if (gate := release.of(generator or SHIPPED)) is None:
+        raise Misconfigured(
+            "This generator has no release filter, without which no image of it is shown: build it with"
+            " `busgen-cds privacy --filter-only`."
+        )
     embeddings = embed.for_fidelity(init, reader, inception)
-    settings = recipe.Settings(images=most, judging=fidelity_.Judging(steps=judge_steps, size=makes.card.size))
+    settings = recipe.Settings(images=most, judging=fidelity_.Judging(steps=judge_steps))
     read = recipe.reader(reader) if reader else None
     found = recipe.measure(makes, data_root(data), images, embeddings, settings, init, read, cache, console.print)
     page = recipe.write(found, out)
-    console.print(f"Written: {page}, {recipe.picture(makes, out, settings.pairs)}")
+    console.print(f"Written: {page}, {recipe.picture(makes, out, gate, settings.pairs)}")
 
 
 def _maker_of(images: Path, generator: Path | None) -> Generator:

@@ -57,7 +57,7 @@ def pretrain(
 
     `torchrun --nproc-per-node N -m busgen_cds pretrain …` spreads it over N devices.
     """
-    from busgen_cds.learning import networks
+    from busgen_cds.learning import networks, processes
     from busgen_cds.learning.generator import AUTOENCODER
     from busgen_cds.learning.recipes import autoencode, encode
     from busgen_cds.learning.recipes import pretrain as recipe
@@ -72,13 +72,14 @@ def pretrain(
     learning = dataclasses.replace(learning, shape=dataclasses.replace(learning.shape, kind=network))  # type: ignore[arg-type]
     if coder is None and start is not None:
         coder = start / AUTOENCODER
-    if coder is None:
-        coder = autoencode.train(data_root(data), out, coding, init, cache, _steps("autoencoder", coding.steps))
-    if shards is None:
-        shards = out / "shards"
-        parts = encode.Settings(sources=coding.sources, size=coding.size, seed=seed)
-        encode.encode(data_root(data), coder, shards, parts, tell=_parts("shards"), say=console.print)
-    made = recipe.train(shards, coder, out, learning, _steps("flow", learning.steps), start)
+    with processes.team():
+        if coder is None:
+            coder = autoencode.train(data_root(data), out, coding, init, cache, _steps("autoencoder", coding.steps))
+        if shards is None:
+            shards = out / "shards"
+            parts = encode.Settings(sources=coding.sources, size=coding.size, seed=seed)
+            encode.encode(data_root(data), coder, shards, parts, tell=_parts("shards"), say=console.print)
+        made = recipe.train(shards, coder, out, learning, _steps("flow", learning.steps), start)
     console.print(f"Trained: {made}")
 
 
@@ -385,20 +386,18 @@ def release_set(
 ) -> None:
     """Make the images that every site's judge can read, and put them into the package, signed."""
     from busgen_cds import app as house
-    from busgen_cds import bundle, signing
+    from busgen_cds import bundle
     from busgen_cds.learning import export
-    from busgen_cds.learning import generator as generator_
     from busgen_cds.learning.recipes import release_set as recipe
     from busgen_cds.learning.recipes import share, synthesise
 
     makes = open_generator(generator)
     asked = recipe.typical(makes.card.vocabulary, count, seed)
     synthesise.generate(makes, images, asked, _gate(generator))
-    weights = signing.digest(((generator or generator_.SHIPPED) / generator_.FLOW).read_bytes())
     shipped = house.open_bundle()
     reader = (f"{shipped.name.name} {shipped.name.version}", export.open_graph(shipped.files[bundle.NETWORK], 1))
     report = share.report_on(images, privacy) if privacy else None
-    terms, signer = recipe.Terms(version, datetime.date.today().isoformat(), weights), key_used_once()
+    terms, signer = recipe.Terms(version, datetime.date.today().isoformat(), makes.digest), key_used_once()
     said = recipe.make(images, out, terms, signer, reader, report)
     for old in keys.glob(f"release-{recipe.NAME}-*.pem"):  # the set it vouched for is replaced
         old.unlink()

@@ -13,6 +13,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import hashlib
+import json
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -195,6 +196,14 @@ def check_val(rows: Sequence[Row]) -> None:
         )
     if not any(row.lesion and row.mask for row in rows):
         raise Misconfigured("Calibration needs a lesion with its outline in `val`: no row there names a mask.")
+
+
+def digest(rows: Iterable[Row]) -> str:
+    """Changes with all that a judgement takes from rows: which images, of whom, with which answer, in which order."""
+    key = hashlib.sha256()
+    for row in rows:
+        key.update(json.dumps([row.image, row.mask, row.source, row.patient, row.pathology, row.split]).encode())
+    return key.hexdigest()
 
 
 def shuffled(rows: Iterable[Row]) -> list[Row]:

@@ -140,7 +140,6 @@ class Judging:
     steps: int = 150
     batch: int = 32
     rate: float = 3e-4
-    size: int = 128
     seed: int = 0
 
 

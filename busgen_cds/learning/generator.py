@@ -26,11 +26,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from busgen_cds import pixels
 from busgen_cds.errors import Misconfigured
-from busgen_cds.learning import autoencoder, checkpoint, conditions, data, flow, networks
+from busgen_cds.learning import autoencoder, checkpoint, conditions, data, flow, networks, processes
 from busgen_cds.learning.autoencoder import Autoencoder
 from busgen_cds.learning.conditions import CELL, OUTLINE, Box, BoxPrior, RegionPrior, Vocabulary
 from busgen_cds.learning.networks import Given
@@ -165,17 +165,21 @@ class Generator:
     ) -> Generator:
         """The generator of a folder (that of the package unless another is named), with an adapter if wished."""
         device, folder = _machine(device), Path(folder)
-        try:
-            card = Card.from_json((folder / CARD).read_text(encoding="utf-8"))
-        except OSError as missing:
-            raise Misconfigured(f"No generator in {folder}: {CARD} cannot be read ({missing.strerror}).") from missing
+        card = cls.card_of(folder)
         coder = Autoencoder(card.autoencoder)
         coder.load_state_dict(_wide(checkpoint.read(folder / AUTOENCODER)[0]))
         network = networks.build(card.network, card.vocabulary)
         network.load_state_dict(_wide(checkpoint.read(folder / FLOW)[0]))
         if adapter is not None:
-            card = adapted(card, network, Path(adapter))
+            card = adapted(card, network, Path(adapter), named(coder, network))
         return cls(card, coder, network, device)
+
+    @staticmethod
+    def card_of(folder: Path) -> Card:
+        try:
+            return Card.from_json((folder / CARD).read_text(encoding="utf-8"))
+        except OSError as missing:
+            raise Misconfigured(f"No generator in {folder}: {CARD} cannot be read ({missing.strerror}).") from missing
 
     def save(self, folder: Path) -> None:
         """Half precision; the card last, so that a folder without it is no generator."""
@@ -187,11 +191,7 @@ class Generator:
     @property
     def digest(self) -> str:
         """Names the weights, an adapter's included."""
-        name = hashlib.sha256()
-        for part in (self.coder, self.network):
-            for key, tensor in sorted(part.state_dict().items()):
-                name.update(key.encode() + tensor.cpu().contiguous().numpy().tobytes())
-        return name.hexdigest()
+        return named(self.coder, self.network)
 
     # Asking
 
@@ -456,7 +456,7 @@ def shadowed(plane: Tensor) -> Tensor:
 def _machine(device: torch.device | str | None) -> torch.device:
     """What computes: the device that was named, or the GPU where there is one."""
     try:
-        return torch.empty(0, device=device or ("cuda" if torch.cuda.is_available() else "cpu")).device
+        return torch.empty(0, device=device or processes.own_device()).device
     except (RuntimeError, AssertionError) as error:
         raise Misconfigured(
             f"Nothing can be computed on {device} here: say cpu, or cuda where there is a GPU."
@@ -511,18 +511,28 @@ def _checked(box: Box | Sequence[float]) -> Box:
     return Box(left, top, right, bottom)
 
 
-def adapted(card: Card, network: networks.Network, path: Path) -> Card:
-    """Put an adapter into the network, and its new labels into the card."""
+def named(*parts: nn.Module) -> str:
+    """A digest of weights."""
+    name = hashlib.sha256()
+    for part in parts:
+        for key, tensor in sorted(part.state_dict().items()):
+            name.update(key.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    return name.hexdigest()
+
+
+def adapted(card: Card, network: networks.Network, path: Path, generator: str) -> Card:
+    """Put an adapter into the network of the generator of that digest, and its new labels into the card."""
     weights, notes = checkpoint.read(path)
     if "rank" not in notes or "vocabulary" not in notes:
         raise Misconfigured(f"{path} is no adapter: `busgen-cds fewshot` makes one, {ADAPTER}.")
+    if notes.get("generator", generator) != generator:  # one made before that was noted is told by its shapes alone
+        raise Misconfigured(f"{path} was made for another generator: adapt this one anew.")
     vocabulary = Vocabulary({name: tuple(labels) for name, labels in notes["vocabulary"]})
+    if any(vocabulary.names.get(name, ())[: len(labels)] != labels for name, labels in card.vocabulary.names.items()):
+        raise Misconfigured(f"{path} was made for a generator of other labels: adapt this one anew.")
     network.conditions.grow(vocabulary)
     networks.adapt(network, int(notes["rank"]))
-    try:
-        networks.load_adapter_weights(network, _wide(weights))
-    except (ValueError, RuntimeError) as error:
-        raise Misconfigured(f"{path} was made for another generator: adapt this one anew.") from error
+    networks.load_adapter_weights(network, _wide(weights))
     boxes = {name: np.array(b, np.float32).reshape(-1, 4) for name, b in notes["boxes"].items()}
     regions = {name: tuple(q) for name, q in notes["regions"].items()}
     return dataclasses.replace(

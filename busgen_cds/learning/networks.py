@@ -106,9 +106,9 @@ class Conditions(nn.Module):
         for name, labels in vocabulary.names.items():
             old = self.tables[name].weight if name in self.tables else torch.zeros(1, self.dim, device=device)
             new = old.mean(0, keepdim=True).expand(len(labels) + 1 - len(old), -1)  # type: ignore[operator, arg-type]
-            table = nn.Embedding(len(labels) + 1, self.dim)
+            table = nn.Embedding(len(labels) + 1, self.dim, device=device)
             table.weight.copy_(torch.cat([old, new]))  # type: ignore[list-item]
-            self.tables[name] = table.to(device)
+            self.tables[name] = table
 
 
 class UNet(nn.Module):

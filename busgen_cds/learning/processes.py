@@ -28,9 +28,7 @@ class Team:
 
     @property
     def device(self) -> torch.device:
-        if not torch.cuda.is_available():
-            return torch.device("cpu")
-        return torch.device("cuda", self.rank % torch.cuda.device_count())
+        return own_device()
 
     def parallel(self, network: nn.Module) -> nn.Module:
         """The same network; its gradients are averaged over the team."""
@@ -55,14 +53,29 @@ class Team:
 
 @contextlib.contextmanager
 def team() -> Iterator[Team]:
-    """This process's place among those that `torchrun` started."""
+    """This process's place among those that `torchrun` started; within a team, that team.
+
+    Teams that follow each other in the same processes would meet at one address: whoever is early finds the last one's.
+    """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
         yield Team()
         return
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    opened = not dist.is_initialized()
+    if opened:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(own_device())
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     try:
         yield Team(dist.get_rank(), world)
         dist.barrier()  # nobody leaves while rank 0 still writes
     finally:
-        dist.destroy_process_group()
+        if opened:
+            dist.destroy_process_group()
+
+
+def own_device() -> torch.device:
+    """What this process computes with: its own GPU among those of its machine, where there is one."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())

@@ -12,6 +12,7 @@ Rules:
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,7 +22,9 @@ from numpy.typing import NDArray
 
 from busgen_cds.errors import Misconfigured
 from busgen_cds.learning import checkpoint, embed
+from busgen_cds.learning.autoencoder import Autoencoder
 from busgen_cds.learning.embed import Embedding, Squares, Vectors
+from busgen_cds.pixels import Grey
 
 FILE = "release.safetensors"
 DIMENSIONS = 64
@@ -67,6 +70,11 @@ def build(embedding: Embedding, train: Squares, held_out: Squares) -> Filter:
 
 def both_ways(embedding: Embedding, images: Squares) -> Vectors:
     return np.concatenate([embedding(images), embedding(embed.mirrored(images))])
+
+
+def clear(gate: Filter, coder: Autoencoder, images: Sequence[Grey], size: int) -> NDArray[np.bool_]:
+    """Which of some generated images, of any shapes, may leave."""
+    return gate.passes(embed.latent(coder)(embed.squares(images, size)))
 
 
 def of(generator: Path, adapter: Path | None = None) -> Filter | None:

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from busgen_cds.errors import Misconfigured
-from busgen_cds.learning import embed, generator, release
+from busgen_cds.learning import generator, release
 from busgen_cds.learning.generator import Card, Generator, Sample, Sampling
 
 HEALTHY = Path(__file__).parent.parent / "demo_images"
@@ -63,10 +63,9 @@ class Studio:
         with self._lock:
             makes = self._open()
             gate = release.of(self.folder)
-            judge = embed.latent(makes.coder)
             for number in range(count):
                 sample = makes.sample(1, first=number, seed=seed, sampling=self._sampling, tell=tell, **_said(asked))[0]
-                near = gate and not gate.passes(judge(embed.squares([sample.image], makes.card.size)))[0]
+                near = gate and not release.clear(gate, makes.coder, [sample.image], makes.card.size)[0]
                 yield None if near else _picture(sample)
 
     def _open(self) -> Generator:

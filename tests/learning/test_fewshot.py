@@ -14,11 +14,12 @@ import torch
 
 from busgen_cds.errors import Misconfigured
 from busgen_cds.learning import checkpoint, data, embed, release
+from busgen_cds.learning.conditions import Vocabulary
 from busgen_cds.learning.generator import Generator, Sampling
 from busgen_cds.learning.reader import Reader, Shape
 from busgen_cds.learning.recipes import adapt_reader, fewshot, shots, train_reader
 from busgen_cds.learning.recipes.fewshot import Settings
-from tests.learning.generators import SIZE, data_folder, tiny
+from tests.learning.generators import SIZE, VOCABULARY, data_folder, tiny
 
 TASKS = Path(__file__).parents[2] / "busgen_cds" / "tasks"
 TASK = """
@@ -49,11 +50,40 @@ def task(folder: Path, split: str = "train") -> fewshot.Source:
     return fewshot.read_task(path)
 
 
+def base(folder: Path, seed: int = 0, labels: Vocabulary = VOCABULARY) -> Generator:
+    """A generator as a folder keeps it."""
+    makes = tiny(seed=seed)
+    makes.network.conditions.grow(labels)
+    makes.card = dataclasses.replace(makes.card, vocabulary=labels)
+    makes.save(folder / "base")
+    return Generator.load(folder / "base", device="cpu")
+
+
+def test_an_adapter_belongs_to_one_generator(root: Path, tmp_path: Path) -> None:
+    """Another generator of the same shape takes no adapter that it did not teach, and one of more labels neither."""
+    path = fewshot.adapt(base(tmp_path), root, task(tmp_path), tmp_path / "out", QUICK)
+    base(tmp_path, seed=1)
+    with pytest.raises(Misconfigured, match="was made for another generator: adapt this one anew"):
+        Generator.load(tmp_path / "base", adapter=path, device="cpu")
+    tensors, notes = checkpoint.read(path)
+    checkpoint.write(path, tensors, {name: value for name, value in notes.items() if name != "generator"})
+    assert Generator.load(tmp_path / "base", adapter=path, device="cpu")  # made before that was noted
+    base(tmp_path, labels=VOCABULARY.with_label("device", "C").with_label("device", "D"))
+    with pytest.raises(Misconfigured, match="other labels"):
+        Generator.load(tmp_path / "base", adapter=path, device="cpu")
+
+
+def test_a_new_label_s_table_lies_where_the_network_lies() -> None:
+    """On a GPU too: a table of its own condition is not left behind."""
+    network = tiny().network.to("meta")
+    network.conditions.grow(VOCABULARY.with_label("histology", "cyst"))
+    assert {parameter.device.type for parameter in network.conditions.parameters()} == {"meta"}
+
+
 def test_an_adapter_is_trained_kept_and_used(root: Path, tmp_path: Path) -> None:
     """A few images make an adapter with a card; loaded, the generator knows the new label and the old ones."""
-    tiny().save(tmp_path / "base")
     told: list[fewshot.Report] = []
-    path = fewshot.adapt(tiny(), root, task(tmp_path), tmp_path / "out", QUICK, tell=told.append)
+    path = fewshot.adapt(base(tmp_path), root, task(tmp_path), tmp_path / "out", QUICK, tell=told.append)
     assert told[0].step == 0 and len(told) >= 2 and told[-1].images_per_second > 0
     adapted = Generator.load(tmp_path / "base", adapter=path, device="cpu")
     assert adapted.card.vocabulary.names["histology"] and adapted.card.vocabulary.names["device"][:2] == ("A", "B")
@@ -106,11 +136,9 @@ def test_an_adapter_has_a_filter_that_knows_its_shots(root: Path, tmp_path: Path
 
 def test_an_adapter_that_gained_nothing_changes_nothing(root: Path, tmp_path: Path) -> None:
     """With a rate of zero training stops at once after its patience, and the adapter changes nothing."""
-    base = tiny()
-    base.save(tmp_path / "base")
     told: list[fewshot.Report] = []
     still = Settings(**{**vars(QUICK), "rate": 0.0, "steps": 100, "report_every": 1, "patience": 2})
-    path = fewshot.adapt(tiny(), root, task(tmp_path), tmp_path / "out", still, tell=told.append)
+    path = fewshot.adapt(base(tmp_path), root, task(tmp_path), tmp_path / "out", still, tell=told.append)
     assert told[-1].step == 2
     plain, adapted = (Generator.load(tmp_path / "base", adapter=a, device="cpu") for a in (None, path))
     wish = plain.wish(0, 0, "benign", device="A")
@@ -133,9 +161,21 @@ def test_shots_are_whole_patients_in_turn(root: Path, tmp_path: Path) -> None:
     shots = fewshot.choose(data.read_manifest(root), task(tmp_path), 8, 0)
     assert len(shots) == 8 and {row.split for row in shots} == {"train"}
     assert abs(sum(row.pathology == "benign" for row in shots) - 4) <= 1
-    teach, judge = fewshot.parted(shots, 0.25, 0)
+    teach, judge = fewshot.parted(shots, "histology", 0.25, 0)
     assert len(judge) == 2 and not {r.patient for r in teach} & {r.patient for r in judge}
     assert fewshot.choose(data.read_manifest(root), task(tmp_path), 8, 1) != shots
+
+
+def test_a_class_of_one_patient_is_taught() -> None:
+    """Whoever is held out, no label is held out whole: it would be in the vocabulary and mean nothing."""
+    kinds = ["cyst"] * 7 + ["rare"]
+    rows = [data.Row(f"{i}", "m", "s", f"p{i}", "benign", "train", {"histology": k}, i) for i, k in enumerate(kinds)]
+    for seed in range(20):
+        teach, judge = fewshot.parted(rows, "histology", 0.25, seed)
+        assert len(judge) == 2 and len(teach) == 6 and rows[7] in teach
+    alone = [dataclasses.replace(row, labels={"histology": row.image}) for row in rows]
+    with pytest.raises(Misconfigured, match="show more patients of each"):
+        fewshot.parted(alone, "histology", 0.25, 0)
 
 
 def test_a_lesion_without_an_outline_is_no_shot(root: Path, tmp_path: Path) -> None:

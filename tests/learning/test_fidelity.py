@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from busgen_cds.errors import Misconfigured
-from busgen_cds.learning import checkpoint, data, embed, fidelity
+from busgen_cds.learning import checkpoint, data, embed, fidelity, release
 from busgen_cds.learning.fidelity import Judging
 from busgen_cds.learning.recipes import cost, fidelity_report, segmentation, synthesise, value
 from busgen_cds.learning.recipes.value import Arm, Run, Settings
@@ -96,7 +96,7 @@ def test_who_has_seen_generated_images_does_not_judge_them(tmp_path: Path) -> No
 @pytest.mark.slow
 def test_the_judge_notices_what_is_not_real() -> None:
     """A judge tells smooth from sharp on images it never saw, and cannot tell like from like."""
-    how = Judging(steps=25, batch=16, size=SIZE)
+    how = Judging(steps=25, batch=16)
     patients = np.array([f"p{i}" for i in range(40)])
     assert fidelity.told_apart(speckle(40, 0), patients, speckle(40, 1, smooth=True), None, how).value > 0.9
     assert 0.2 < fidelity.told_apart(speckle(40, 0), patients, speckle(40, 1), None, how).value < 0.8
@@ -145,9 +145,18 @@ def test_labels_that_say_what_is_seen_agree_with_it() -> None:
 
 
 def test_the_picture_shows_nobody(tmp_path: Path) -> None:
-    """The picture is made of generated images alone, the healthy ones too."""
-    path = fidelity_report.picture(tiny(), tmp_path, pairs=1)
+    """The picture is made of generated images alone, the healthy ones too; a copy is not among them."""
+    makes = tiny()
+    known = makes.sample(8, pathology="benign", seed=41)
+    vectors = embed.latent(makes.coder)(embed.squares([one.image for one in known], SIZE))
+    gate = release.Filter(vectors.mean(0), np.eye(vectors.shape[1], dtype=np.float32), vectors[:0], 1e-4)
+    gate = gate.including(vectors[:1])
+    path = fidelity_report.picture(makes, tmp_path, gate, pairs=1)
     assert Image.open(path).size == (8 * SIZE, 5 * (SIZE + 14))
+    shown = fidelity_report._released(makes, gate, 7, pathology="benign", seed=41)
+    assert (shown[0].image == known[1].image).all()
+    with pytest.raises(Misconfigured, match="it copies"):
+        fidelity_report._released(makes, dataclasses.replace(gate, threshold=1e9), 1, pathology="benign")
 
 
 # What generated images are worth

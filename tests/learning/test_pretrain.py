@@ -18,7 +18,7 @@ from busgen_cds.cli import generator as verbs
 from busgen_cds.errors import Misconfigured
 from busgen_cds.learning import checkpoint, conditions, data, networks, processes, questions
 from busgen_cds.learning.conditions import Vocabulary
-from busgen_cds.learning.generator import AUTOENCODER, Generator, Sampling
+from busgen_cds.learning.generator import AUTOENCODER, CARD, Generator, Sampling
 from busgen_cds.learning.recipes import audit, autoencode, encode, pretrain
 from tests.learning.generators import CODER, NETWORKS, SIZE, data_folder, tiny
 
@@ -82,6 +82,26 @@ def test_a_killed_autoencoder_run_goes_on_as_if_nothing_had_been(made: Path, tmp
     assert all(
         torch.equal(a, b) for a, b in zip(broken.state_dict().values(), whole.state_dict().values(), strict=True)
     )
+
+
+def test_a_finished_autoencoder_is_not_written_again(made: Path, tmp_path: Path) -> None:
+    """Shards and flow know it by its bytes: another machine, whose arithmetic differs, leaves them theirs."""
+    shutil.copytree(made / "ae", tmp_path / "ae")
+    path = tmp_path / "ae" / autoencode.WEIGHTS
+    tensors, notes = checkpoint.read(path)
+    other = {name: tensor + 1e-7 for name, tensor in tensors.items()}
+    checkpoint.write(path, other, notes)
+    before = path.read_bytes()
+    autoencode.train(made / "data", tmp_path / "ae", CODING)
+    assert path.read_bytes() == before
+
+
+def test_a_run_without_the_encoder_says_that_it_had_none(made: Path, tmp_path: Path) -> None:
+    """What an autoencoder's loss was is in its settings, and a run does not go on with another."""
+    assert checkpoint.read(made / "ae" / autoencode.WEIGHTS)[1]["settings"]["likeness"] == 0
+    shutil.copytree(made / "ae", tmp_path / "ae")
+    with pytest.raises(Misconfigured, match="likeness"):
+        autoencode.train(made / "data", tmp_path / "ae", CODING, init=tmp_path / "encoder.npz")
 
 
 def test_an_autoencoder_holds_no_more_images_than_it_may(made: Path) -> None:
@@ -198,6 +218,45 @@ def test_a_finished_generator_is_gone_on_from_with_its_own_autoencoder(made: Pat
     for name, weight in one.network.state_dict().items():
         assert torch.allclose(weight, other.network.state_dict()[name], atol=1e-3), name
     assert all(torch.equal(a, b) for a, b in zip(one.coder.parameters(), other.coder.parameters(), strict=True))
+
+
+def test_a_generator_remembers_all_that_it_learnt_from(made: Path, tmp_path: Path) -> None:
+    """Gone on with from another's weights or autoencoder, it says their sources too: none of them is external to it."""
+    learn(made, tmp_path / "first")
+    first = tmp_path / "first" / pretrain.RESULT
+    started, coded = (tmp_path / name for name in ("started", "coded"))
+    for folder, sources in ((started, ["busi"]), (coded, ["bus_uclm"])):
+        shutil.copytree(first, folder)
+        card = json.loads((folder / CARD).read_text())
+        (folder / CARD).write_text(json.dumps(card | {"trained_on": sources}))
+    encode.encode(made / "data", coded / AUTOENCODER, tmp_path / "shards", ENCODING)
+
+    def go_on(start: Path | None) -> tuple[str, ...]:
+        pretrain.train(tmp_path / "shards", coded / AUTOENCODER, tmp_path / "next", LEARNING, start=start)
+        return Generator.load(tmp_path / "next" / pretrain.RESULT, device="cpu").card.trained_on
+
+    assert go_on(started) == ("painted", "bus_uclm", "busi")
+    assert set(go_on(None)) == {"painted", "bus_uclm", "busi"}  # called again, to go on
+
+
+@pytest.mark.slow
+def test_the_verb_spreads_over_processes(made: Path, tmp_path: Path) -> None:
+    """Autoencoder, shards and flow are three pieces of work of one team, however unevenly its processes go."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, sys, time\n"
+        "from busgen_cds.learning import processes\n"
+        "late = 0.5 * (os.environ['RANK'] == '0')\n"
+        "with processes.team():\n"
+        "    for _ in range(3):\n"
+        "        with processes.team() as team:\n"
+        "            time.sleep(late)\n"
+        "            assert team.agree(team.rank == 0)\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr[-2000:]
 
 
 # Shards

@@ -121,14 +121,18 @@ def _train(
     team: processes.Team,
 ) -> None:
     # Set up.
+    if init is None:
+        settings = dataclasses.replace(settings, likeness=0.0)
     images, val = hold(root, settings.sources, settings.size, settings.most, cache)
     if not len(images):
         raise Misconfigured(f"No training images of {', '.join(settings.sources)} in {root}.")
-    likeness = Likeness(init).to(team.device) if init is not None and settings.likeness else None
     run = begin(settings, team, images)
 
     # Restore.
     restore(out / CHECKPOINT, run, settings)
+    if team.agree(run.step >= settings.steps and (out / WEIGHTS).exists()):
+        return  # shards and flow know the file by its bytes, and another machine's arithmetic would write others
+    likeness = Likeness(init).to(team.device) if init is not None and settings.likeness else None
     coder = team.parallel(run.coder)
     began, seen, loss = time.monotonic(), 0, math.nan
 
@@ -318,6 +322,12 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _plain(v) for k, v in value.items()}
     return [_plain(v) for v in value] if isinstance(value, tuple | list) else value
+
+
+def learnt_from(path: Path) -> tuple[str, ...]:
+    """The sources of a finished autoencoder: its own, or all that its generator saw."""
+    notes = checkpoint.read(path)[1]
+    return tuple(notes["settings"]["sources"]) if "settings" in notes else Generator.card_of(path.parent).trained_on
 
 
 def read_coder(path: Path) -> Autoencoder:

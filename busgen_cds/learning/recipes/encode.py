@@ -12,6 +12,7 @@ Under `torchrun` every process encodes its share of the shards; a run that was s
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -72,6 +73,9 @@ def encode(
     with processes.team() as team:
         network = read_coder(coder).to(team.device)
         rows = [row for row in data.read_manifest(root) if row.source in settings.sources]
+        if team.world > 1:  # one for every process at least
+            most = max(1, sum(row.split == "train" and row.outlined for row in rows) // team.world)
+            settings = dataclasses.replace(settings, shard=min(settings.shard, most))
         parts = [(split, i, part) for split in splits for i, part in enumerate(spread(rows, split, settings.shard))]
         asked = {**describe(settings), "autoencoder": digest_of(coder), "rows": _rows_digest(parts, settings)}
         checkpoint.same_work(out / WORK, asked, "latents that were made")

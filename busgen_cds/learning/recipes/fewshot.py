@@ -148,14 +148,21 @@ def _in_turn(groups: Sequence[Sequence[data.Row]]) -> list[data.Row]:
     return [row for turn in itertools.zip_longest(*groups) for row in turn if row is not None]
 
 
-def parted(rows: Sequence[data.Row], share: float, seed: int) -> tuple[list[data.Row], list[data.Row]]:
-    """Shots that teach and shots that judge, no patient in both."""
+def parted(rows: Sequence[data.Row], column: str, share: float, seed: int) -> tuple[list[data.Row], list[data.Row]]:
+    """Shots that teach and shots that judge, no patient in both; what the last patient to show it is, is taught."""
     patients = sorted({row.patient for row in rows})
     if len(patients) < 4:
         raise Misconfigured(f"The shots show {len(patients)} patients; four are needed to hold one out.")
-    order = np.random.default_rng((seed, 1)).permutation(len(patients))
-    judges = {patients[i] for i in order[: max(1, round(share * len(patients)))]}
-    return [row for row in rows if row.patient not in judges], [row for row in rows if row.patient in judges]
+    teach, judge = list(rows), list[data.Row]()
+    for i in np.random.default_rng((seed, 1)).permutation(len(patients)):
+        rest = [row for row in teach if row.patient != patients[i]]
+        if {row.labels[column] for row in rest} == {row.labels[column] for row in rows}:
+            judge, teach = [row for row in rows if row not in rest], rest
+        if len({row.patient for row in judge}) == max(1, round(share * len(patients))):
+            break
+    if not judge:
+        raise Misconfigured("Every patient of the shots is the only one of a class: show more patients of each.")
+    return teach, judge
 
 
 def learnt_from(adapter: Path, rows: Sequence[data.Row], source: Source) -> list[data.Row]:
@@ -164,7 +171,8 @@ def learnt_from(adapter: Path, rows: Sequence[data.Row], source: Source) -> list
     if "taught" not in notes:
         raise Misconfigured(f"{adapter} does not say which images taught it: make it anew with `busgen-cds fewshot`.")
     how = notes["settings"]
-    taught = parted(choose(rows, source, how["shots"], how["seed"]), how["held_out"], how["seed"])[0]
+    shots = choose(rows, source, how["shots"], how["seed"])
+    taught = parted(shots, source.task.column, how["held_out"], how["seed"])[0]
     if notes["task"] != source.task.name or notes["taught"] != _names(taught):
         raise Misconfigured(
             f"{adapter} was taught by other images, for the task {notes['task']}: name the task file and the data"
@@ -191,8 +199,8 @@ def adapt(
     """Train an adapter; returns its file. `gate`: the generator's release filter, to which the shots are added."""
     # Set up.
     shots = choose(data.read_manifest(root), source, settings.shots, settings.seed)
-    teach, judge = parted(shots, settings.held_out, settings.seed)
-    vocabulary = wider(makes.card.vocabulary, source, shots)
+    teach, judge = parted(shots, source.task.column, settings.held_out, settings.seed)
+    vocabulary, generator = wider(makes.card.vocabulary, source, shots), makes.digest
     makes.network.conditions.grow(vocabulary)
     network = networks.adapt(makes.network, settings.rank)
     taught, judged = (views(makes, root, rows, settings, cache) for rows in (teach, judge))
@@ -226,7 +234,8 @@ def adapt(
         gate.including(release.both_ways(embed.latent(makes.coder), seen)).save(out / release.FILE)
     networks.load_adapter_weights(network, kept)
     told = {"steps": step, "held_out_before": start, "held_out": best, "shots": len(shots)}
-    notes = _notes(makes, vocabulary, lessons, source, settings, told) | {"taught": _names(teach)}
+    notes = _notes(makes, vocabulary, lessons, source, settings, told)
+    notes |= {"taught": _names(teach), "generator": generator}
     checkpoint.write(out / ADAPTER, {name: tensor.half() for name, tensor in kept.items()}, notes)
     (out / CARD).write_text(card(source, shots, settings, told, (out / ADAPTER).stat().st_size), encoding="utf-8")
     return out / ADAPTER

@@ -19,11 +19,12 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from busgen_cds.learning import data, embed, fidelity, figures
+from busgen_cds.errors import Misconfigured
+from busgen_cds.learning import data, embed, fidelity, figures, release
 from busgen_cds.learning.embed import Embedding, Squares
 from busgen_cds.learning.fidelity import Judging
 from busgen_cds.learning.figures import Interval
-from busgen_cds.learning.generator import Generator, Sampling
+from busgen_cds.learning.generator import Generator, Sample, Sampling
 from busgen_cds.learning.recipes import synthesise
 
 NAME = "generator-fidelity"
@@ -172,19 +173,21 @@ def speed(makes: Generator, count: int) -> dict[str, Any]:
 # The picture
 
 
-def picture(makes: Generator, out: Path, pairs: int = 4) -> Path:
-    """Generated images by class, and healthy → lesion. No patient is shown: the healthy ones are made too."""
+def picture(makes: Generator, out: Path, gate: release.Filter, pairs: int = 4) -> Path:
+    """Generated images by class, and healthy → lesion. No patient is shown: the healthy ones are made too, and what
+    lies too near to a training image is left out.
+    """
     size = makes.card.size
     rows: list[tuple[str, list[NDArray[np.uint8]]]] = []
     for pathology in ("normal", "benign", "malignant"):
         if pathology == "normal" or pathology in makes.card.boxes.boxes:
-            samples = makes.sample(8, pathology=pathology, seed=41)
+            samples = _released(makes, gate, 8, pathology=pathology, seed=41)
             rows.append((f"{pathology}, generated", [_framed(s.image, s.mask, size) for s in samples]))
-    healthy = makes.sample(pairs, pathology="normal", seed=7)
+    healthy = _released(makes, gate, pairs, pathology="normal", seed=7)
     for pathology in ("benign", "malignant"):
         cells: list[NDArray[np.uint8]] = []
         for i, one in enumerate(healthy):
-            lesion = makes.sample(1, pathology=pathology, healthy=one.image, seed=11, first=i)[0]  # type: ignore[arg-type]
+            lesion = _released(makes, gate, 1, pathology=pathology, healthy=one.image, seed=11 + i)[0]
             cells += [_framed(one.image, one.mask, size), _framed(lesion.image, lesion.mask, size)]
         rows.append((f"healthy to {pathology}, in pairs", cells))
     sheet = Image.new("RGB", (8 * size, len(rows) * (size + 14)), "black")
@@ -196,6 +199,18 @@ def picture(makes: Generator, out: Path, pairs: int = 4) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     sheet.save(out / f"{NAME}.png")
     return out / f"{NAME}.png"
+
+
+def _released(makes: Generator, gate: release.Filter, count: int, **asked: Any) -> list[Sample]:
+    """The first images of a seed that may leave."""
+    found: list[Sample] = []
+    for first in range(0, synthesise.MOST_TRIES * count, count):
+        made = makes.sample(count, first=first, **asked)
+        clear = release.clear(gate, makes.coder, [one.image for one in made], makes.card.size)
+        found += [one for one, yes in zip(made, clear, strict=True) if yes]
+        if len(found) >= count:
+            return found[:count]
+    raise Misconfigured("The release filter refuses what this generator makes: it copies. No picture of it is drawn.")
 
 
 def _framed(image: NDArray[np.uint8], mask: NDArray[np.bool_], size: int) -> NDArray[np.uint8]:

@@ -32,7 +32,7 @@ from busgen_cds.learning.generator import Card, Generator
 from busgen_cds.learning.networks import Network
 from busgen_cds.learning.questions import Odds, Question
 from busgen_cds.learning.recipes import encode
-from busgen_cds.learning.recipes.autoencode import describe, read_coder, same_settings
+from busgen_cds.learning.recipes.autoencode import describe, learnt_from, read_coder, same_settings
 
 CHECKPOINT = "flow-run.safetensors"
 BEST = "flow-best.safetensors"
@@ -94,6 +94,7 @@ class Run:
     step: int = 0
     best: float = math.inf
     reports_since: int = 0
+    learnt: tuple[str, ...] = ()  # every source that any part of the generator has seen
 
 
 def train(
@@ -125,8 +126,11 @@ def _train(
     encode.check_coder(shards, coder)
     vocabulary = Vocabulary(index.labels)
     run = begin(settings, vocabulary, team)
+    run.learnt = (*index.sources, *learnt_from(coder))
     if start is not None:
-        begin_from(run, vocabulary, Generator.load(start), settings)
+        other = Generator.load(start)
+        begin_from(run, vocabulary, other, settings)
+        run.learnt += other.card.trained_on
     images = Stream(index.of("train"), settings.seed, team, settings.batch)
     judges = held_out_questions(index, vocabulary, settings)
 
@@ -165,7 +169,7 @@ class Stream:
     def __init__(self, shards: list[tuple[Path, int]], seed: int, team: processes.Team, batch: int) -> None:
         if len(shards) < team.world:
             raise Misconfigured(
-                f"{len(shards)} shards cannot feed {team.world} processes: encode with a smaller --shard."
+                f"{len(shards)} shards cannot feed {team.world} processes: encode anew with as many, or start fewer."
             )
         self.shards, self.seed, self.team, self.batch = shards, seed, team, batch
 
@@ -321,6 +325,7 @@ def save(path: Path, run: Run, settings: Settings, team: processes.Team, coded: 
         "reports_since": run.reports_since,
         "world": team.world,
         "autoencoder": coded,
+        "learnt": run.learnt,
         "settings": describe(settings),
     }
     checkpoint.write(path, tensors, notes)
@@ -338,6 +343,7 @@ def restore(path: Path, run: Run, settings: Settings, team: processes.Team, code
     run.average.load_state_dict(checkpoint.part(tensors, "average."))
     checkpoint.restore_optimiser(run.optimiser, tensors)
     run.step, run.best, run.reports_since = int(notes["step"]), float(notes["best"]), int(notes["reports_since"])
+    run.learnt += tuple(notes.get("learnt", ()))
 
 
 def finish(
@@ -351,7 +357,8 @@ def finish(
     regions = conditions.fit_regions(aspects)
     told = {**describe(settings), "best_step": notes["step"], "held_out": notes["held_out"], "steps_done": run.step}
     told["encoded"] = encode.views_of(index.folder)
-    card = Card(index.size, coder.shape, settings.shape, vocabulary, fitted, regions, index.sources, told)
+    learnt = tuple(dict.fromkeys(run.learnt))
+    card = Card(index.size, coder.shape, settings.shape, vocabulary, fitted, regions, learnt, told)
     Generator(card, coder, run.average, "cpu").save(out / RESULT)
 
 

@@ -55,7 +55,10 @@ def measure(
 ) -> dict[str, Any]:
     """Both arms, seed by seed; what was done before is read, not repeated."""
     rows = [row for row in data.read_manifest(root) if row.source == settings.source]
-    asked = {k: v for k, v in vars(settings).items() if k != "seeds"} | {"images": synthesise.digest(generated)}
+    asked = {k: v for k, v in vars(settings).items() if k != "seeds"} | {
+        "images": synthesise.digest(generated),
+        "data": data.digest(rows),
+    }
     checkpoint.same_work(out / SETTINGS, asked, "results")
     train, test = (data.load(root, [r for r in rows if r.split == s], cache, settings.size) for s in ("train", "test"))
     made_rows = [row for row in data.read_manifest(generated) if row.source == synthesise.SOURCE]

@@ -74,6 +74,7 @@ def work(
     """Do what is not done yet; returns how many runs are left. `load` opens the generator, with an adapter or not."""
     judged = tests(root, source, cache)
     asked = {"task": source.task.name, "start": signing.digest(start.read_bytes()), "generator": load(None).digest}
+    asked["data"] = data.digest(data.read_manifest(root))
     asked |= {k: v for k, v in describe(settings).items() if k not in ("seeds", "shots")}
     checkpoint.same_work(out / SETTINGS, asked, "results")
     if not (before := out / "before.json").exists():

@@ -162,7 +162,6 @@ def _make_shard(
     shutil.rmtree(partial, ignore_errors=True)
     (partial / "images").mkdir(parents=True)
     (partial / "masks").mkdir()
-    judge = embed.latent(makes.coder)
     rows: list[dict[str, str]] = []
     made, empty, index = 0, 0, number * STRIDE
     while len(rows) < size:
@@ -172,7 +171,7 @@ def _make_shard(
         kept = [one for one in samples if one.pathology == "normal" or one.mask.any()]
         empty += len(samples) - len(kept)
         if gate is not None and settings.filtered and kept:
-            passed = gate.passes(judge(embed.squares([s.image for s in kept], makes.card.size)))
+            passed = release.clear(gate, makes.coder, [s.image for s in kept], makes.card.size)
             kept = [one for one, yes in zip(kept, passed, strict=True) if yes]
         rows += [_write(partial, one, folder.name, settings) for one in kept]
         if made >= MOST_TRIES * size and len(rows) < size:

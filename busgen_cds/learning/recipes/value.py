@@ -110,7 +110,8 @@ def work(
 ) -> int:
     """Do what is not done yet, at most so many; returns how many are left."""
     made = {"images": synthesise.digest(generated)} if generated else {}
-    checkpoint.same_work(out / SETTINGS, {k: v for k, v in vars(settings).items() if k != "seeds"} | made, "results")
+    asked = {k: v for k, v in vars(settings).items() if k != "seeds"} | made
+    checkpoint.same_work(out / SETTINGS, asked | {"data": data.digest(data.read_manifest(root))}, "results")
     waiting = [run for run in runs if not (out / run.name / RESULT).exists()]
     for run in waiting[:most]:
         tell(f"{run.name}: {len(waiting)} runs to do")
