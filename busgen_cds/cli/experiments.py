@@ -74,6 +74,17 @@ def _maker_of(images: Path, generator: Path | None) -> Generator:
     return makes
 
 
+def _numbers(text: str) -> list[int]:
+    """Whole numbers, comma-separated."""
+    try:
+        found = [int(part) for part in text.split(",")]
+    except ValueError:
+        found = [0]
+    if min(found) < 1:
+        raise typer.BadParameter(f"counts are numbers from 1 on, as 300,1000; got {text!r}")
+    return found
+
+
 @app.command()
 def value(
     out: Queue,
@@ -87,6 +98,7 @@ def value(
     steps: int = 1200,
     seeds: int = 3,
     scaling: Annotated[bool, typer.Option(help="The arms of growing size instead of the comparison.")] = False,
+    counts: Annotated[str, typer.Option(help="Generated images of the arms of growing size.")] = "300,1000,3000,10000",
     most: Most = None,
     results: Results = RESULTS,
     cache: Cache = CACHE,
@@ -97,7 +109,7 @@ def value(
 
     root, settings = data_root(data), recipe.Settings(tuple(sources.split(",")), steps, seeds=seeds)
     real = sum(r.source in settings.sources and r.split == "train" for r in data_.read_manifest(root))
-    runs = recipe.queue(recipe.scaling() if scaling else recipe.arms(real), seeds)
+    runs = recipe.queue(recipe.scaling(_numbers(counts)) if scaling else recipe.arms(real), seeds)
     makes = _maker_of(images, generator) if images is not None else None
     if makes is None:
         runs = [run for run in runs if not run.arm.generated]
