@@ -136,8 +136,8 @@ def _associations() -> Iterator[str]:
     yield ""
     yield from _prose(
         "Plain DICOM is taken only from the networks a site names, TLS with client certificates from those "
-        "it lists; an AE title can be bound to addresses and to one certificate. Defaults, each of them a "
-        "setting:"
+        "it lists; an AE title can be bound to addresses and to one certificate. Port, processes, associations, "
+        "data set, idle time and PDU are settings, with these defaults; the others are fixed:"
     )
     yield ""
     limits = (listener.ListenerConfig, association.Rules, upper_layer.Limits)

@@ -52,7 +52,7 @@ def main() -> None:
             times, word, beside = night(site)
             digest = word.split()[1]
             judged = site.shelf.get(digest)
-    said = [f"- {reason}" for reason in (*judged.reasons, f"the generator: {_said(judged.report, 'The generator')}")]
+    said = [*(f"- {reason}" for reason in judged.reasons), "", f"Besides, {_said(judged.report, 'The generator')}."]
     chosen.out.write_text("\n".join(page(count, times, word.split()[0], said, alone, beside, chosen)), encoding="utf-8")
     print(chosen.out.read_text())
 

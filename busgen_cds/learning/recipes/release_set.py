@@ -154,7 +154,7 @@ def card(
             f" from public images; devices asked for: {', '.join(devices) or 'none'}.",
             "",
             f"**Release filter.** {counts['made']} were made, {counts['dropped']} dropped as too near to a training"
-            " image.",
+            f" image and {counts.get('empty', 0)} because no lesion came.",
             "",
             f"**Privacy.** The audit was {audit}." if privacy is None else f"**Privacy.** The audit {audit}.",
             "",
