@@ -14,6 +14,7 @@ from typing import Any
 
 from busgen_cds.errors import Misconfigured
 from busgen_cds.learning import release
+from busgen_cds.learning.card import LICENCES
 from busgen_cds.learning.generator import AUTOENCODER, CARD, FLOW, Card, Generator
 
 LIMIT = 60_000_000  # bytes, all together
@@ -61,8 +62,8 @@ def describe(card: Card, size: int, figures: Mapping[str, dict[str, Any] | None]
             f" flow {card.network.kind} {card.network.channels if card.network.kind == 'unet' else card.network.width}."
             f" {size / 1e6:.1f} MB in half precision, safetensors.",
             f"- **Images**: {card.size} px on the longer side, grey.",
-            f"- **Learnt from**: the `train` split of {'; of '.join(LICENCES.get(s, s) for s in card.trained_on)}; held-out"
-            " loss from `val`. No patient of a test split was seen.",
+            f"- **Learnt from**: the `train` split of {'; '.join(LICENCES.get(s, s) for s in card.trained_on)}."
+            " Held-out loss from `val`. No patient of a test split was seen.",
             f"- **Training**: {settings.get('steps_done', '?')} steps of {settings.get('batch', '?')}; kept the"
             f" averaged weights of step {settings.get('best_step', '?')},"
             f" held-out loss {_number(settings.get('held_out'))}.",
