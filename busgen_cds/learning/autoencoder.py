@@ -27,6 +27,7 @@ from monai.networks.nets.patchgan_discriminator import PatchDiscriminator
 from torch import Tensor, nn
 
 from busgen_cds.learning.encoders import Encoder
+from busgen_cds.pixels import Grey
 
 FACTOR = 8  # pixels per latent cell, each way
 QUIET = -6.0  # logarithm of the latent's first variance: little noise, so that the linear code survives
@@ -46,6 +47,16 @@ class Shape:
     def __post_init__(self) -> None:
         if self.stem * 2 ** (len(self.channels) - 1) != FACTOR:
             raise ValueError(f"stem {self.stem} and {len(self.channels)} levels do not shrink by {FACTOR}")
+
+
+def signed(grey: Grey, device: torch.device | str = "cpu") -> Tensor:
+    """Grey squares (N, S, S) as the networks take them: (N, 1, S, S) in -1..1."""
+    return torch.from_numpy(grey)[:, None].to(device).float() / 127.5 - 1
+
+
+def greyed(image: Tensor) -> Grey:
+    """(N, 1, S, S) in -1..1 as grey squares."""
+    return ((image[:, 0] + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
 
 
 HALF = 2  # pixels per cell of the last touch, each way

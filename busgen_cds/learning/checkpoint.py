@@ -41,9 +41,14 @@ def write(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -
 
 def write_text(path: Path, text: str) -> None:
     """Whole or not at all, also where the processes of one run write the same text at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
+
+
+def write_json(path: Path, found: Any) -> None:
+    write_text(path, json.dumps(found))
 
 
 def same_work(path: Path, asked: Mapping[str, Any], what: str) -> None:
@@ -55,7 +60,6 @@ def same_work(path: Path, asked: Mapping[str, Any], what: str) -> None:
             f"{path.parent} holds {what} with other settings (see {path.name}: {', '.join(other)}): choose another"
             " folder."
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(now, sort_keys=True, indent=1))
 
 

@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from busgen_cds.errors import Misconfigured
 PATHOLOGIES = ("normal", "benign", "malignant")
 TAUGHT = frozenset({"train", "val"})
 HELD_OUT = frozenset({"test", "device-adapt", "device-test", "site-adapt", "site-test", "excluded"})
+MANIFEST = "manifest.csv"
 COLUMNS = ("image", "mask", "source", "patient", "pathology", "split")
 UNKNOWN = -1
 GENERATED = "synthetic"  # the source of images that a generator made
@@ -108,7 +109,7 @@ def default_root() -> Path:
 
 def read_manifest(root: Path) -> list[Row]:
     """All rows of `manifest.csv`, checked."""
-    path = root / "manifest.csv"
+    path = root / MANIFEST
     try:
         with path.open(newline="", encoding="utf-8") as file:
             table = csv.DictReader(file)
@@ -138,6 +139,18 @@ def read_generated(folder: Path) -> list[Row]:
         )
         for row in rows
     ]
+
+
+def write_table(path: Path, records: Sequence[Mapping[str, str]], columns: Sequence[str] = ()) -> None:
+    """Records as a table, whole or not at all: these columns first, then whatever else a record has."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("w", newline="", encoding="utf-8") as file:
+        names = dict.fromkeys([*columns, *(name for record in records for name in record)])
+        table = csv.DictWriter(file, list(names), restval="")
+        table.writeheader()
+        table.writerows(records)
+    partial.replace(path)
 
 
 def _row(record: dict[str, str], line: int) -> Row:

@@ -286,19 +286,18 @@ class Generator:
         latent = self.card.network.latent
         parts = zip(torch.split(x.float(), 32), torch.split(grain, 32), strict=True)
         image = torch.cat([self.coder.decode(part[:, :latent], noise) for part, noise in parts])
-        grey = ((image[:, 0] + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
-        return grey, conditions.outline_mask(x[:, latent:]).cpu().numpy()
+        return autoencoder.greyed(image), conditions.outline_mask(x[:, latent:]).cpu().numpy()
 
     @torch.inference_mode()
     def redrawn(self, images: Grey) -> Grey:
         """Squares (N, S, S) as the decoder draws them from their own latents; the letter-box is none of its work."""
-        drawn = [torch.zeros(0, *images.shape[1:], dtype=torch.uint8)]
+        drawn = [images[:0]]
         for i in range(0, len(images), 32):
-            batch = torch.from_numpy(images[i : i + 32])[:, None].to(self.device).float() / 127.5 - 1
+            batch = autoencoder.signed(images[i : i + 32], self.device)
             grain = torch.randn(batch.shape, generator=torch.Generator().manual_seed(i)).to(self.device)
-            back = autoencoder.within(batch, self.coder.decode(self.coder.encode(batch), grain))
-            drawn.append(((back[:, 0] + 1) * 127.5).round().to(torch.uint8).cpu())
-        return torch.cat(drawn).numpy()
+            back = self.coder.decode(self.coder.encode(batch), grain)
+            drawn.append(autoencoder.greyed(autoencoder.within(batch, back)))
+        return np.concatenate(drawn)
 
     # The questions
 
@@ -315,8 +314,8 @@ class Generator:
         self, wishes: Sequence[Wish], noise: Tensor, s: Sampling, tell: Callable[[int, int], None]
     ) -> Tensor:
         """Propose an outline that fits this breast; set the lesion in; smooth the whole."""
-        breast = torch.from_numpy(np.stack([wish.healthy for wish in wishes if wish.healthy is not None]))
-        latent = self.coder.encode(breast[:, None].float().to(self.device) / 127.5 - 1)
+        breast = np.stack([wish.healthy for wish in wishes if wish.healthy is not None])
+        latent = self.coder.encode(autoencoder.signed(breast, self.device))
         given = self.given(wishes)
         steps = s.propose_steps + s.steps + s.refine_steps
 

@@ -70,7 +70,7 @@ def test_a_stopped_run_goes_on_to_the_same_images(six: Path, tmp_path: Path) -> 
 
     with pytest.raises(KeyboardInterrupt):
         synthesise.generate(tiny(), tmp_path, SIX, None, stop)
-    assert not (tmp_path / synthesise.MANIFEST).exists()
+    assert not (tmp_path / data.MANIFEST).exists()
     (tmp_path / "shard-00001.partial").mkdir()  # what a kill in the middle of a shard leaves
     synthesise.generate(tiny(), tmp_path, SIX, None)
     assert contents(tmp_path) == contents(six)
@@ -176,7 +176,7 @@ def test_a_task_s_own_label_is_listed_and_shared(tmp_path: Path) -> None:
     synthesise.generate(makes, tmp_path / "made", how, None)
     rows = share._rows(tmp_path / "made")
     assert {row["recurrence_5y"] for row in rows} == {"yes"}
-    share._write_labels(tmp_path / share.LABELS, rows)
+    data.write_table(tmp_path / share.LABELS, rows)
     assert "recurrence_5y" in (tmp_path / share.LABELS).read_text().splitlines()[0]
     metadata = share.croissant(TERMS, {share.LABELS: ""}, list(rows[0]))
     assert "recurrence_5y" in {field["name"] for field in metadata["recordSet"][0]["field"]}
@@ -395,8 +395,8 @@ def test_only_generated_images_are_shared(six: Path, tmp_path: Path) -> None:
     """An image of any other source stops the package before it begins."""
     folder = tmp_path / "mixed"
     folder.mkdir()
-    rows = list(csv.DictReader((six / synthesise.MANIFEST).open()))
+    rows = list(csv.DictReader((six / data.MANIFEST).open()))
     rows[0]["source"] = "busi"
-    synthesise._write_rows(folder / synthesise.MANIFEST, rows)
+    data.write_table(folder / data.MANIFEST, rows)
     with pytest.raises(Misconfigured, match="Only generated"):
         share.package(folder, report(tmp_path), tmp_path / "out", TERMS, signer())

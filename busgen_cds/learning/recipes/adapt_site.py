@@ -17,7 +17,6 @@ Rules:
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import datetime
 import json
@@ -34,7 +33,7 @@ from numpy.typing import NDArray
 from busgen_cds import bundle, signing
 from busgen_cds.bundle import Bundle, Candidate
 from busgen_cds.errors import Misconfigured
-from busgen_cds.learning import calibrate, data, embed, export, figures, judge, release, tasks
+from busgen_cds.learning import calibrate, checkpoint, data, embed, export, figures, judge, release, tasks
 from busgen_cds.learning.generator import ADAPTER as ADAPTER_FILE
 from busgen_cds.learning.generator import VARIOUS, Generator
 from busgen_cds.learning.judge import Evidence, Material, Read, Rules, Verdict
@@ -154,7 +153,7 @@ def audit_privacy(run: Path, settings: Settings) -> str:
             makes, "the site's adapter", run / SHOTS / "and strangers", run / IMAGES,
             embed.for_copies(makes.coder, settings.init, None), settings.audit, None, shots,
         )  # fmt: skip
-        _write(run / PRIVACY, found.to_json())
+        checkpoint.write_text(run / PRIVACY, found.to_json())
     if why := _unclean(run):
         for folder in (run / IMAGES, run / ADAPTER):
             shutil.rmtree(folder, ignore_errors=True)
@@ -176,7 +175,7 @@ def _unclean(run: Path) -> str:
 
 
 def _skip(run: Path, reason: str) -> str:
-    _write(run / SKIPPED, json.dumps(reason))
+    checkpoint.write_json(run / SKIPPED, reason)
     return reason
 
 
@@ -263,19 +262,12 @@ def _lessons_of(folder: Path, all_of_them: bool) -> list[dict[str, str]]:
 
 
 def _any(folder: Path) -> bool:
-    path = folder / "manifest.csv"
+    path = folder / data.MANIFEST
     return path.exists() and len(path.read_text(encoding="utf-8").splitlines()) > 1
 
 
 def _manifest(folder: Path, rows: Sequence[Mapping[str, str]]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    columns = list(dict.fromkeys([*data.COLUMNS, *(name for row in rows for name in row)]))
-    partial = folder / "manifest.partial"
-    with partial.open("w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, columns, restval="")
-        table.writeheader()
-        table.writerows(rows)
-    partial.replace(folder / "manifest.csv")
+    data.write_table(folder / data.MANIFEST, rows, data.COLUMNS)
 
 
 def candidate_of(settings: Settings, live: Bundle, run: Path, name: str, version: str, created: str) -> Candidate:
@@ -337,7 +329,7 @@ def verdict(run: Path, settings: Settings, live: Bundle) -> Verdict:
             *_left_out(run),
             {"title": "The generator", "rows": [[_skipped(run) or "adapted; its images took part"]]},
         ]
-        _write(path, json.dumps({"reasons": found.reasons, "tables": [*found.tables, *notes]}))
+        checkpoint.write_json(path, {"reasons": found.reasons, "tables": [*found.tables, *notes]})
     document = json.loads(path.read_text(encoding="utf-8"))
     return Verdict(tuple(document["reasons"]), tuple(document["tables"]))
 
@@ -434,9 +426,3 @@ def _material(images: data.Images, live: _Opened) -> Material:
     pictures = [image.tobytes() for image in images.image]
     copies = len(pictures) - len(set(pictures))
     return Material(live.log_odds(read), images.malignant, images.patients, copies, live.strange(read))
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from busgen_cds.errors import Misconfigured
-from busgen_cds.learning import conditions, data, embed, privacy, questions, release
+from busgen_cds.learning import data, embed, privacy, questions, release
 from busgen_cds.learning.embed import Embedding
 from busgen_cds.learning.generator import Generator, Sampling, batches
 from busgen_cds.learning.privacy import PrivacyReport, Seen, Suspect
@@ -95,21 +95,12 @@ def some(rows: Sequence[data.Row], most: int, seed: int) -> list[data.Row]:
 def seen(makes: Generator, root: Path, rows: Sequence[data.Row], cache: Path | None) -> Seen:
     """Images of some rows as the decoder draws them, and as the flow's training saw them."""
     images = data.load(root, rows, cache, makes.card.size)
-    return Seen(makes.redrawn(images.image), images.patients, tuple(encoded(makes, images)))
-
-
-@torch.inference_mode()
-def encoded(makes: Generator, images: data.Images) -> list[encode.Encoded]:
-    made = []
-    for i, row in enumerate(images.rows):
-        image = torch.from_numpy(images.image[i])[None, None].to(makes.device).float() / 127.5 - 1
-        latent = makes.coder.encode(image)[0].cpu().half().numpy()
-        height, width = (int(n) for n in images.placed[i])
-        box = conditions.box_of(images.mask[i], Placement(height, width, makes.card.size))
-        labels = {name: row.labels.get(name) or None for name in makes.card.vocabulary.names}
-        outline = conditions.outline_planes(images.mask[i]).half().numpy()
-        made.append(encode.Encoded(latent, outline, labels, box, height, width))
-    return made
+    shown = [
+        [encode.View(image, mask, Placement(int(height), int(width), makes.card.size))]
+        for image, mask, (height, width) in zip(images.image, images.mask, images.placed, strict=True)
+    ]
+    examples = encode.encoded(makes.coder, images.rows, shown, makes.card.vocabulary.names)
+    return Seen(makes.redrawn(images.image), images.patients, tuple(examples))
 
 
 def overtrained(suspect: Suspect, settings: Settings, tell: Callable[[str], None] = lambda line: None) -> Suspect:

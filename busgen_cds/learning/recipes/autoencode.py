@@ -172,7 +172,7 @@ def begin(settings: Settings, team: processes.Team, images: data.Images | None =
     coder, average, critic = Autoencoder(settings.shape), Autoencoder(settings.shape), autoencoder.discriminator()
     if images is not None:
         some = images.image[:: max(1, len(images) // 400)]
-        coder.begin_linear(torch.from_numpy(some)[:, None].float() / 127.5 - 1)
+        coder.begin_linear(autoencoder.signed(some))
     average.load_state_dict(coder.state_dict())
     for network in (coder, average, critic):
         network.to(team.device)
@@ -190,8 +190,7 @@ def batch(images: data.Images, settings: Settings, step: int, team: processes.Te
     """The images of one step (N, 1, S, S) in -1..1; this process's share."""
     rng = np.random.default_rng((settings.seed, step))
     index = rng.integers(0, len(images), settings.batch)[team.rank :: team.world]
-    image = torch.from_numpy(images.image[index])[:, None].float() / 127.5 - 1
-    return moved(image, rng, settings.shift)
+    return moved(autoencoder.signed(images.image[index]), rng, settings.shift)
 
 
 def moved(images: Tensor, rng: np.random.Generator, most: int) -> Tensor:
@@ -263,7 +262,7 @@ def difference(coder: Autoencoder, images: data.Images, device: torch.device) ->
     coder.eval()
     total = [math.nan] if not len(images) else []
     for i in range(0, len(images), 32):
-        image = torch.from_numpy(images.image[i : i + 32])[:, None].to(device).float() / 127.5 - 1
+        image = autoencoder.signed(images.image[i : i + 32], device)
         total += (coder.decode(coder.encode(image)) - image).abs().mean((1, 2, 3)).tolist()
     return float(np.mean(total))
 
@@ -271,10 +270,7 @@ def difference(coder: Autoencoder, images: data.Images, device: torch.device) ->
 @torch.no_grad()
 def scale(coder: Autoencoder, images: data.Images, device: torch.device) -> None:
     chosen = images.image[:: max(1, len(images) // 512)]
-    latents = [
-        coder.encode(torch.from_numpy(chosen[i : i + 32])[:, None].to(device).float() / 127.5 - 1)
-        for i in range(0, len(chosen), 32)
-    ]
+    latents = [coder.encode(autoencoder.signed(chosen[i : i + 32], device)) for i in range(0, len(chosen), 32)]
     coder.measure(torch.cat(latents))
 
 

@@ -16,7 +16,7 @@ import dataclasses
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from busgen_cds import pixels, signing
 from busgen_cds.errors import Misconfigured
-from busgen_cds.learning import checkpoint, conditions, data, processes
+from busgen_cds.learning import autoencoder, checkpoint, conditions, data, processes
 from busgen_cds.learning.autoencoder import Autoencoder
 from busgen_cds.learning.conditions import Box
 from busgen_cds.learning.recipes.autoencode import describe, read_coder
@@ -154,15 +154,32 @@ def views(
 def _samples(
     root: Path, rows: Sequence[data.Row], coder: Autoencoder, settings: Settings, all_views: bool
 ) -> Iterator[dict[str, Any]]:
-    device = next(coder.parameters()).device
     number = 0
     for row, made in views(root, rows, settings, all_views):
-        stack = torch.from_numpy(np.stack([v.image for v in made]))[:, None].to(device).float() / 127.5 - 1
-        with torch.inference_mode():
-            latents = coder.encode(stack).cpu().half().numpy()
-        for one, latent in zip(made, latents, strict=True):
+        for one, latent in zip(made, _latents(coder, made), strict=True):
             yield sample(f"{number:07d}", latent, one, {name: row.labels.get(name) or None for name in settings.labels})
             number += 1
+
+
+def encoded(
+    coder: Autoencoder, rows: Sequence[data.Row], shown: Sequence[Sequence[View]], labels: Iterable[str]
+) -> list[Encoded]:
+    """Each row in its views, as the flow's training sees them, without a shard between."""
+    made, names = [], tuple(labels)
+    for row, seen in zip(rows, shown, strict=True):
+        told = {name: row.labels.get(name) or None for name in names}
+        for one, latent in zip(seen, _latents(coder, seen), strict=True):
+            box, place = conditions.box_of(one.mask, one.placement), one.placement
+            outline = conditions.outline_planes(one.mask).half().numpy()
+            made.append(Encoded(latent, outline, told, box, place.height, place.width))
+    return made
+
+
+@torch.inference_mode()
+def _latents(coder: Autoencoder, shown: Sequence[View]) -> NDArray[np.float16]:
+    image = autoencoder.signed(np.stack([one.image for one in shown]), next(coder.parameters()).device)
+    latents: NDArray[np.float16] = coder.encode(image).cpu().half().numpy()
+    return latents
 
 
 def view(

@@ -204,8 +204,8 @@ def adapt(
     makes.network.conditions.grow(vocabulary)
     network = networks.adapt(makes.network, settings.rank)
     taught, judged = (views(makes, root, rows, settings, cache) for rows in (teach, judge))
-    lessons = encoded(makes, teach, taught, vocabulary)
-    judges = _judges(encoded(makes, judge, judged, vocabulary), vocabulary, makes, settings)
+    lessons = encode.encoded(makes.coder, teach, taught, vocabulary.names)
+    judges = _judges(encode.encoded(makes.coder, judge, judged, vocabulary.names), vocabulary, makes, settings)
     free = [p for p in network.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(free, settings.rate, betas=(0.9, 0.99))
     best, since = held_out(makes, judges), 0
@@ -260,24 +260,6 @@ def views(
     how = encode.Settings(size=size, views=settings.views, seed=settings.seed)
     draws = [np.random.default_rng((settings.seed, i)) for i in range(len(rows))]
     return [[encode.view(whole, double, i, k, how, rng) for k in range(settings.views)] for i, rng in enumerate(draws)]
-
-
-def encoded(
-    makes: Generator, rows: Sequence[data.Row], shown: Sequence[Sequence[encode.View]], vocabulary: Vocabulary
-) -> list[encode.Encoded]:
-    """The shots as the flow's training sees images."""
-    made = []
-    for row, seen in zip(rows, shown, strict=True):
-        stack = torch.from_numpy(np.stack([v.image for v in seen]))[:, None].to(makes.device).float() / 127.5 - 1
-        with torch.inference_mode():
-            latents = makes.coder.encode(stack).cpu().half().numpy()
-        labels = {name: row.labels.get(name) or None for name in vocabulary.names}
-        for view, latent in zip(seen, latents, strict=True):
-            outline = conditions.outline_planes(view.mask).half().numpy()
-            box = conditions.box_of(view.mask, view.placement)
-            place = view.placement
-            made.append(encode.Encoded(latent, outline, labels, box, place.height, place.width))
-    return made
 
 
 def _judges(

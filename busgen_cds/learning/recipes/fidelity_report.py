@@ -84,7 +84,7 @@ def measure(
 
 def _fair(rows: Sequence[data.Row], generated: Path, most: int) -> list[data.Row]:
     """Real images in the class balance of the generated ones: a judge must not go by the class."""
-    with (generated / synthesise.MANIFEST).open(newline="", encoding="utf-8") as file:
+    with (generated / data.MANIFEST).open(newline="", encoding="utf-8") as file:
         classes = [row["pathology"] for row in csv.DictReader(file)]
     share = {name: classes.count(name) / len(classes) for name in set(classes)}
     groups = {name: [r for r in rows if r.pathology == name] for name in share}

@@ -191,8 +191,7 @@ def batch(images: data.Images, settings: Settings, step: int) -> Tensor:
     """The images of one step (N, 1, S, S) in -1..1, mirrored and shifted."""
     rng = np.random.default_rng((settings.seed, 5, step))
     index = rng.integers(0, len(images), settings.batch)
-    image = torch.from_numpy(images.image[index])[:, None].float() / 127.5 - 1
-    return autoencode.moved(image, rng, settings.shift)
+    return autoencode.moved(autoencoder.signed(images.image[index]), rng, settings.shift)
 
 
 def step(run: Run, eye: Encoder, image: Tensor, s: Settings) -> float:
@@ -259,7 +258,7 @@ def unlike(coder: Autoencoder, images: data.Images, device: torch.device) -> tup
     """Absolute difference, and the distance of the spectra, of held-out images and what is drawn of their latents."""
     real, drawn = [], []
     for i in range(0, len(images), 32):
-        image = torch.from_numpy(images.image[i : i + 32])[:, None].to(device).float() / 127.5 - 1
+        image = autoencoder.signed(images.image[i : i + 32], device)
         grain = torch.randn(image.shape, generator=torch.Generator().manual_seed(i)).to(device)
         with torch.autocast(device.type, torch.bfloat16):
             drawn.append(autoencoder.within(image, coder.draw(coder.encode(image), grain)))

@@ -10,7 +10,6 @@ Rules:
 
 from __future__ import annotations
 
-import csv
 import json
 import shutil
 import tempfile
@@ -98,11 +97,8 @@ def _copy(rows: Sequence[data.Row], folder: Path) -> None:
         record = row.labels | {"image": f"{number:04d}.png", "mask": f"{number:04d}-mask.png" if row.mask else ""}
         for name in filter(None, ("image", row.mask and "mask")):
             shutil.copyfile(getattr(row, name), folder / record[name])
-        records.append(record)
-    with (folder / synthesise.MANIFEST).open("w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, synthesise.COLUMNS, extrasaction="ignore")
-        table.writeheader()
-        table.writerows(records)
+        records.append({name: record.get(name, "") for name in synthesise.COLUMNS})
+    data.write_table(folder / data.MANIFEST, records)
 
 
 def measured(folder: Path, name: str, run: export.Run) -> Known:

@@ -27,6 +27,7 @@ from PIL import Image
 
 from busgen_cds import signing
 from busgen_cds.errors import Misconfigured, Untrusted
+from busgen_cds.learning import data
 from busgen_cds.learning.recipes import synthesise
 
 KIND = "application/vnd.busgen-cds.share+json"
@@ -78,7 +79,7 @@ def package(
     for i, row in enumerate(rows):
         _copy(generated, out, row, i, dicom)
         tell(i + 1, len(rows))
-    _write_labels(out / LABELS, rows)
+    data.write_table(out / LABELS, rows)
     shutil.copyfile(report, out / REPORT)
     (out / CARD).write_text(card(rows, told, counts, terms), encoding="utf-8")
     sums = _digests(out)
@@ -106,7 +107,7 @@ def verify(folder: Path, verifier: signing.Verifier) -> dict[str, Any]:
 
 
 def _rows(generated: Path) -> list[dict[str, str]]:
-    rows = list(csv.DictReader(io.StringIO(_read(generated / synthesise.MANIFEST, "the list of generated images"))))
+    rows = list(csv.DictReader(io.StringIO(_read(generated / data.MANIFEST, "the list of generated images"))))
     strange = [row["image"] for row in rows if row["source"] != synthesise.SOURCE]
     if strange or not rows:
         raise Misconfigured(f"Only generated images are shared; {generated} holds {strange[:1] or 'none'}.")
@@ -165,13 +166,6 @@ def _copy(generated: Path, out: Path, row: dict[str, str], number: int, dicom: W
 def _save(path: Path, pixels: NDArray[Any]) -> None:
     path.parent.mkdir(exist_ok=True)
     Image.fromarray(pixels).save(path)
-
-
-def _write_labels(path: Path, rows: list[dict[str, str]]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, list(rows[0]))
-        table.writeheader()
-        table.writerows(rows)
 
 
 def _digests(folder: Path) -> dict[str, str]:

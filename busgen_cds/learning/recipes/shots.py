@@ -10,7 +10,6 @@ Rules:
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
@@ -78,7 +77,7 @@ def work(
     asked |= {k: v for k, v in describe(settings).items() if k not in ("seeds", "shots")}
     checkpoint.same_work(out / SETTINGS, asked, "results")
     if not (before := out / "before.json").exists():
-        site_adaptation.keep(before, {"scores": _scores(start, judged)})
+        checkpoint.write_json(before, {"scores": _scores(start, judged)})
     waiting = [run for run in queue(settings) if not run.file(out).exists()]
     for run in waiting[:most]:
         tell(f"{run.arm}, {run.shots} shots, seed {run.seed}: {len(waiting)} runs to do")
@@ -89,7 +88,7 @@ def work(
         both = made if run.arm == "shots+generated" else None
         sources = (synthesise.SOURCE,) if run.arm == "generated" else ("shots",)
         member = adapt_reader.adapt(start, folder / "data", sources, folder, how, both, cache)
-        site_adaptation.keep(run.file(out), {"scores": _scores(member, judged)})
+        checkpoint.write_json(run.file(out), {"scores": _scores(member, judged)})
         for done in (member, folder / "reader.safetensors"):
             done.unlink(missing_ok=True)
     return max(0, len(waiting) - len(waiting[:most]))
@@ -151,11 +150,7 @@ def assemble(root: Path, source: Source, out: Path, run: Run, made: Path | None)
         chosen = [value.moved(r, root) | {"source": "shots", "split": "train"} for r in few]
     name = chosen[0]["source"]
     chosen += [value.moved(r, root) | {"source": name} for r in home]
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / "manifest.csv").open("w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, list(dict.fromkeys(name for row in chosen for name in row)), restval="")
-        table.writeheader()
-        table.writerows(chosen)
+    data.write_table(out / data.MANIFEST, chosen)
     return out
 
 

@@ -13,7 +13,6 @@ Rules:
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from busgen_cds.learning import data, figures
+from busgen_cds.learning import checkpoint, data, figures
 from busgen_cds.learning.figures import Interval
 from busgen_cds.learning.recipes import adapt_reader, value
 
@@ -132,15 +131,15 @@ def work(
     judged = tests(root, cache)
     before = out / "before.json"
     if not before.exists():
-        keep(before, judged.read(adapt_reader.open_member(start), home=True))
+        checkpoint.write_json(before, judged.read(adapt_reader.open_member(start), home=True))
     waiting = [run for run in queue(settings, replay is not None) if not run.file(out).exists()]
     for run in waiting[:most]:
         tell(f"{run.arm.name}, {run.cases} cases, draw {run.draw}")
         if run.arm.method == "head":
-            keep(run.file(out), _head(run, root, start, out, judged, cache))
+            checkpoint.write_json(run.file(out), _head(run, root, start, out, judged, cache))
             continue
         member = adapted(run, root, start, out, settings, replay if run.arm.replay else None, cache)
-        keep(run.file(out), judged.read(member, home=run.cases == max(settings.cases)))
+        checkpoint.write_json(run.file(out), judged.read(member, home=run.cases == max(settings.cases)))
     return max(0, len(waiting) - len(waiting[:most]))
 
 
@@ -192,18 +191,8 @@ def lesson(root: Path, folder: Path, few: Sequence[data.Row], rows: Sequence[dat
     shown = [r for r in rows if r.source == HOME and r.split == "val"][:8]
     records = [value.moved(r, root) | {"source": SOURCE, "split": "train"} for r in few]
     records += [value.moved(r, root) | {"source": SOURCE} for r in shown]
-    with (folder / "manifest.csv").open("w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, list(records[0]), restval="")
-        table.writeheader()
-        table.writerows(records)
+    data.write_table(folder / data.MANIFEST, records)
     return folder
-
-
-def keep(path: Path, found: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(found), encoding="utf-8")
-    partial.replace(path)
 
 
 # What was found

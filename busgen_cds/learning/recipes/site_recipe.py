@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from busgen_cds.learning import data, figures
+from busgen_cds.learning import checkpoint, data, figures
 from busgen_cds.learning.recipes import adapt_reader, site_adaptation
 from busgen_cds.learning.recipes.site_adaptation import HOME, SOURCE
 
@@ -104,7 +104,7 @@ def work(
         found = _changes(start, path, site, home, before, np.array([r.patient in held for r in mine]))
         (folder / "reader.safetensors").unlink(missing_ok=True)
         path.unlink()
-        site_adaptation.keep(run.file(out), {"changes": found})
+        checkpoint.write_json(run.file(out), {"changes": found})
     return max(0, len(waiting) - len(waiting[:most]))
 
 

@@ -30,8 +30,8 @@ from busgen_cds import signing
 from busgen_cds.errors import Misconfigured
 from busgen_cds.learning import checkpoint, data, embed, processes, release
 from busgen_cds.learning.generator import Generator, Sample, Sampling, Wish
+from busgen_cds.learning.recipes.autoencode import describe
 
-MANIFEST = "manifest.csv"
 SUMMARY = "generated.json"
 QUESTION = "question.json"
 SOURCE = data.GENERATED
@@ -117,7 +117,7 @@ def _answerable(makes: Generator, settings: Settings) -> None:
 
 def _same_question(path: Path, settings: Settings, makes: Generator) -> None:
     """A folder holds one generator's answer to one question; more of the same may be added."""
-    asked = {k: v for k, v in _plain(settings).items() if k != "count"} | {"generator": makes.digest}
+    asked = {k: v for k, v in describe(settings).items() if k != "count"} | {"generator": makes.digest}
     text = json.dumps(asked, sort_keys=True, indent=1)
     before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if before != {name: value for name, value in json.loads(text).items() if name in before}:
@@ -126,12 +126,6 @@ def _same_question(path: Path, settings: Settings, makes: Generator) -> None:
             " folder."
         )
     checkpoint.write_text(path, text)
-
-
-def _plain(settings: Settings) -> dict[str, Any]:
-    described = {name: getattr(settings, name) for name in settings.__dataclass_fields__}
-    described["sampling"] = vars(settings.sampling)
-    return {k: dict(v) if isinstance(v, Mapping) else v for k, v in described.items()}
 
 
 def wish(makes: Generator, settings: Settings, index: int) -> Wish:
@@ -179,7 +173,7 @@ def _make_shard(
                 f"Of {made} images the release filter refused {made - len(rows) - empty}, as a generator that copies"
                 f" makes them, and {empty} show no lesion."
             )
-    _write_rows(partial / "labels.csv", rows)
+    data.write_table(partial / "labels.csv", rows, COLUMNS)
     counts = Counts(made, len(rows), empty)
     (partial / "counts.json").write_text(json.dumps(counts._asdict()), encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
@@ -222,13 +216,6 @@ def _write(folder: Path, one: Sample, shard: str, settings: Settings) -> dict[st
     return row
 
 
-def _write_rows(path: Path, rows: list[dict[str, str]]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, list(rows[0]) if rows else COLUMNS)
-        table.writeheader()
-        table.writerows(rows)
-
-
 def join(out: Path, sizes: Sequence[int]) -> Counts:
     """One manifest over all shards, and what was dropped on the way."""
     rows: list[dict[str, str]] = []
@@ -240,7 +227,7 @@ def join(out: Path, sizes: Sequence[int]) -> Counts:
         rows += these[:size]
         counted, spare = _counted(folder), len(these[size:])  # made for a greater count
         every.append(Counts(counted.made - spare, counted.released - spare, counted.empty))
-    _write_rows(out / MANIFEST, rows)
+    data.write_table(out / data.MANIFEST, rows, COLUMNS)
     counts = Counts(sum(c.made for c in every), len(rows), sum(c.empty for c in every))
     summary = {**counts._asdict(), "dropped": counts.dropped}
     (out / SUMMARY).write_text(json.dumps(summary, indent=1), encoding="utf-8")
@@ -265,7 +252,7 @@ def maker(folder: Path) -> str:
 
 def digest(folder: Path) -> str:
     """Names a folder's images by its list of them and by how they were asked for."""
-    files = (folder / name for name in (MANIFEST, QUESTION))
+    files = (folder / name for name in (data.MANIFEST, QUESTION))
     return signing.digest(b"".join(path.read_bytes() for path in files if path.exists()))
 
 
@@ -276,7 +263,7 @@ def manner(folder: Path) -> dict[str, Any]:
 
 def check_maker(folder: Path, makes: Generator) -> None:
     """This generator, and no other, made a folder's images."""
-    if not (folder / MANIFEST).is_file():
+    if not (folder / data.MANIFEST).is_file():
         raise Misconfigured(f"{folder} holds no generated images: `busgen-cds generate` makes some.")
     made_by, named = maker(folder), makes.digest
     if made_by != named:
@@ -293,7 +280,7 @@ def _question(folder: Path) -> dict[str, Any]:
 
 def read_images(folder: Path, size: int, most: int | None = None) -> tuple[embed.Squares, list[dict[str, str]]]:
     """Generated images as the squares that an embedding takes, with their rows."""
-    with (folder / MANIFEST).open(newline="", encoding="utf-8") as file:
+    with (folder / data.MANIFEST).open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))[:most]
     images = []
     for row in rows:

@@ -15,7 +15,6 @@ Rules:
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import json
 import math
@@ -119,12 +118,8 @@ def work(
         assert_unseen(run.arm, data.read_manifest(root), card, settings)
         assemble(run, root, generated, folder / "data", settings)
         trained = train_reader.train(folder / "data", folder, reader_settings(run, settings), init, None, cache)
-        result = judge(trained, root, settings, cache)
-        partial = folder / f"{RESULT}.partial"
-        partial.write_text(
-            json.dumps({"arm": dataclasses.asdict(run.arm), "seed": run.seed, **result}), encoding="utf-8"
-        )
-        partial.replace(folder / RESULT)
+        found = {"arm": dataclasses.asdict(run.arm), "seed": run.seed, **judge(trained, root, settings, cache)}
+        checkpoint.write_json(folder / RESULT, found)
     return max(0, len(waiting) - len(waiting[:most]))
 
 
@@ -165,7 +160,6 @@ def reader_settings(run: Run, s: Settings) -> train_reader.Settings:
 
 def assemble(run: Run, root: Path, generated: Path | None, out: Path, settings: Settings) -> Path:
     """A manifest of the arm, its images named where they lie; validation is always the real one."""
-    out.mkdir(parents=True, exist_ok=True)
     rows = data.read_manifest(root)
     real = [r for r in rows if r.source in settings.sources and r.split == "train"]
     names = sorted({(r.source, r.patient) for r in real})
@@ -177,11 +171,7 @@ def assemble(run: Run, root: Path, generated: Path | None, out: Path, settings: 
     chosen += [moved(r, root) | {"source": "duplicate"} for r in copies]
     if run.arm.generated:
         chosen += _generated(generated, run)
-    columns = list(dict.fromkeys(name for row in chosen for name in row))
-    with (out / "manifest.csv").open("w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, columns, restval="")
-        table.writeheader()
-        table.writerows(chosen)
+    data.write_table(out / data.MANIFEST, chosen)
     return out
 
 
