@@ -155,7 +155,7 @@ def test_the_picture_shows_nobody(tmp_path: Path) -> None:
     assert Image.open(path).size == (8 * SIZE, 5 * (SIZE + 14))
     shown = fidelity_report._released(makes, gate, 7, pathology="benign", seed=41)
     assert (shown[0].image == known[1].image).all()
-    with pytest.raises(Misconfigured, match="it copies"):
+    with pytest.raises(Misconfigured, match="copies"):
         fidelity_report._released(makes, dataclasses.replace(gate, threshold=1e9), 1, pathology="benign")
 
 

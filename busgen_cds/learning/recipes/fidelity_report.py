@@ -202,15 +202,16 @@ def picture(makes: Generator, out: Path, gate: release.Filter, pairs: int = 4) -
 
 
 def _released(makes: Generator, gate: release.Filter, count: int, **asked: Any) -> list[Sample]:
-    """The first images of a seed that may leave."""
+    """The first images of a seed that may leave and show what was asked for, as `generate` releases them."""
     found: list[Sample] = []
     for first in range(0, synthesise.MOST_TRIES * count, count):
         made = makes.sample(count, first=first, **asked)
         clear = release.clear(gate, makes.coder, [one.image for one in made], makes.card.size)
-        found += [one for one, yes in zip(made, clear, strict=True) if yes]
+        shown = [one.pathology == "normal" or one.mask.any() for one in made]
+        found += [one for one, *yes in zip(made, clear, shown, strict=True) if all(yes)]
         if len(found) >= count:
             return found[:count]
-    raise Misconfigured("The release filter refuses what this generator makes: it copies. No picture of it is drawn.")
+    raise Misconfigured("The generator copies, or draws no lesion that it is asked for: no picture of it is shown.")
 
 
 def _framed(image: NDArray[np.uint8], mask: NDArray[np.bool_], size: int) -> NDArray[np.uint8]:
