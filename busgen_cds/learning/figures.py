@@ -134,6 +134,14 @@ def wilson(hits: int, total: int) -> Interval:
     return Interval(p, max(0.0, middle - half), min(1.0, middle + half))
 
 
+def difference(one: tuple[int, int], other: tuple[int, int]) -> Interval:
+    """The difference of two shares (hits, total), with Newcombe's 95 % interval (1998, method 10)."""
+    p, q = wilson(*one), wilson(*other)
+    low = math.hypot(p.value - p.low, q.high - q.value)
+    high = math.hypot(p.high - p.value, q.value - q.low)
+    return Interval(p.value - q.value, p.value - q.value - low, p.value - q.value + high)
+
+
 def platt(score: Floats, truth: Ints, ridge: float = 1e-3) -> tuple[float, float]:
     """Slope and offset of the log-odds on a score (Platt 1999), by maximum likelihood."""
     signs = np.where(truth > 0, 1.0, -1.0)

@@ -95,42 +95,55 @@ def distances(images: Squares, known: Squares, embedding: Embedding) -> NDArray[
 
 
 def copies(suspect: Suspect, control: Suspect | None, embeddings: Mapping[str, Embedding]) -> list[Finding]:
-    """Generated images nearer to a training image than held-out patients' are; and the other way round, training images
-    to which a generated one is nearer than any is to held-out patients'.
-    """
+    """Generated images nearer to a training image than held-out patients' are; and the other way round."""
     found = []
     for name, embedding in embeddings.items():
-        limit, back = copy_threshold(suspect, embedding), copied_threshold(suspect, embedding)
+        limit = copy_threshold(suspect, embedding)
         rate, planted = copy_rate(suspect, embedding, limit), planted_rate(suspect, embedding, limit)
-        shown = copied_rate(suspect, embedding, back)
-        # the control is held to the same limit: that of its few images would be looser
-        leaky = copied_rate(control, embedding, back) if control is not None else _nothing()
         caught = planted.value >= FOUND and len(suspect.generated) >= FEWEST
-        remembers = caught and leaky.low > MOST_COPIES
         found += [
             _finding(f"copies ({name})", "share of generated images", rate, planted, MOST_COPIES, caught, PLANTED),
-            _finding(f"copied ({name})", "share of training images", shown, leaky, MOST_COPIES, remembers, OVERTRAINED),
+            copied(suspect, control, name, embedding, caught),
         ]
     return found
+
+
+def copied(suspect: Suspect, control: Suspect | None, name: str, embedding: Embedding, caught: bool) -> Finding:
+    """Training images to which a generated one comes nearer than to 99 of 100 held-out patients' images.
+
+    The more images are made, the nearer one comes to anybody, and few strangers put that limit where chance will: what
+    counts is the share beyond that of the strangers themselves, and it fails where chance does not explain it.
+    """
+    others = distances(suspect.strangers.drawn, suspect.generated, embedding)
+    limit = float(np.percentile(others, COPY_PERCENTILE))
+    alike = int((others < limit).sum()), len(others)
+
+    def beyond(who: Suspect) -> Interval:
+        near = distances(who.members.drawn, who.generated, embedding) < limit
+        return figures.difference((int(near.sum()), len(near)), alike)
+
+    # the control is held to the same limit: that of its few images would be looser
+    share, leaky = beyond(suspect), beyond(control) if control is not None else _nothing()
+    verdict = _copied_verdict(share, leaky) if caught else "concludes nothing"
+    figure = "share of training images beyond that of held-out ones"
+    return Finding(f"copied ({name})", figure, share, leaky, MOST_COPIES, verdict, OVERTRAINED)
+
+
+def _copied_verdict(share: Interval, leaky: Interval) -> Verdict:
+    """A share that chance explains passes only where it is surely not the control's."""
+    if not leaky.low > MOST_COPIES:
+        return "concludes nothing"
+    if share.value > MOST_COPIES and share.low > 0:
+        return "fails"
+    return "passes" if share.high < leaky.low else "concludes nothing"
 
 
 def copy_threshold(suspect: Suspect, embedding: Embedding) -> float:
     return float(np.percentile(distances(suspect.strangers.drawn, suspect.members.drawn, embedding), COPY_PERCENTILE))
 
 
-def copied_threshold(suspect: Suspect, embedding: Embedding) -> float:
-    """The more images are made, the nearer one comes to anybody: also to patients whom the generator never saw."""
-    return float(np.percentile(distances(suspect.strangers.drawn, suspect.generated, embedding), COPY_PERCENTILE))
-
-
 def copy_rate(suspect: Suspect, embedding: Embedding, limit: float) -> Interval:
     near = distances(suspect.generated, suspect.members.drawn, embedding) < limit
-    return figures.wilson(int(near.sum()), len(near))
-
-
-def copied_rate(suspect: Suspect, embedding: Embedding, limit: float) -> Interval:
-    """The share of training images of which a generated image is a copy."""
-    near = distances(suspect.members.drawn, suspect.generated, embedding) < limit
     return figures.wilson(int(near.sum()), len(near))
 
 

@@ -41,6 +41,12 @@ def test_a_step_of_the_roc_is_read_at_its_top() -> None:
         assert figures.sensitivity_at_specificity(score, truth, kept / 265) == pytest.approx(best, abs=1e-6)
 
 
+def test_a_difference_of_shares_is_newcombe_s() -> None:
+    """The worked example of Newcombe 1998: 56 of 70 against 48 of 80."""
+    found = figures.difference((56, 70), (48, 80))
+    assert found == pytest.approx((0.2, 0.0524, 0.3339), abs=1e-4)
+
+
 def test_all_found_is_not_certainty() -> None:
     """All of 37 cancers found says no more than Wilson: of 30 patients, 11 % may be missed; a part is resampled."""
     patients = np.array([f"p{i % 30}" for i in range(37)])

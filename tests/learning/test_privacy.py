@@ -67,18 +67,35 @@ def test_a_known_share_of_copies_gives_a_known_figure(share: float) -> None:
 
 def test_copies_are_found_both_ways() -> None:
     """A training image that was copied is counted too."""
-    limit = privacy.copy_threshold(leaking(0.0), embed.raw)
-    assert privacy.copied_rate(leaking(0.3), embed.raw, limit).value == pytest.approx(0.5, abs=0.05)
-    assert privacy.copied_rate(leaking(0.0), embed.raw, limit).value <= 0.05
+    leaks, holds = (privacy.copied(leaking(n), leaking(0.5), "pixels", embed.raw, True) for n in (0.3, 0.0))
+    assert leaks.value.value == pytest.approx(0.5, abs=0.05) and leaks.verdict == "fails"
+    assert holds.value.value <= 0.02 and holds.verdict == "passes"
+
+
+def test_what_happens_to_strangers_too_is_no_copying() -> None:
+    """Generated images that come as near to patients never seen as to training images have copied nobody."""
+    both = leaking(0.3)
+    both.generated[30:60] = embed.mirrored(noise(60, 1))[:30]  # half of the strangers are met as well
+    assert privacy.copied(both, leaking(0.5), "pixels", embed.raw, True).verdict != "fails"
+
+
+def test_a_share_that_chance_explains_passes_where_it_is_surely_no_leak() -> None:
+    """Of a few images three are near by chance: that passes only where the control's share lies far above."""
+    chance, leak = Interval(0.08, -0.04, 0.2), Interval(0.08, 0.03, 0.2)
+    assert privacy._copied_verdict(chance, Interval(0.8, 0.6, 0.9)) == "passes"
+    assert privacy._copied_verdict(chance, Interval(0.3, 0.15, 0.5)) == "concludes nothing"
+    assert privacy._copied_verdict(leak, Interval(0.8, 0.6, 0.9)) == "fails"
+    assert privacy._copied_verdict(leak, Interval(0.0, -0.1, 0.1)) == "concludes nothing"
 
 
 def test_a_control_of_few_members_is_held_to_the_suspect_s_measure() -> None:
     """To few members every image is far, and a control with a limit of its own would be caught too easily."""
     few = dataclasses.replace(suspect(noise(40, 3)), members=Seen(noise(3, 4), np.array(list("abc"))))
-    own, held = privacy.copy_threshold(few, embed.raw), privacy.copy_threshold(leaking(0.0), embed.raw)
-    assert own > held
-    found = privacy.copies(leaking(0.0), few, {"pixels": embed.raw})[1]
-    assert found.control == privacy.copied_rate(few, embed.raw, held)
+    held = leaking(0.0)
+    limit = np.percentile(privacy.distances(held.strangers.drawn, held.generated, embed.raw), privacy.COPY_PERCENTILE)
+    near = int((privacy.distances(few.members.drawn, few.generated, embed.raw) < limit).sum())
+    found = privacy.copies(held, few, {"pixels": embed.raw})[1]
+    assert found.control == figures.difference((near, 3), (1, 60))
 
 
 def test_a_cropped_copy_is_a_copy() -> None:
