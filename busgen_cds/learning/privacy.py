@@ -265,7 +265,8 @@ class PrivacyReport:
             for f in self.findings
         ]
         verdict = "holds" if self.holds else "does not hold: see the verdicts"
-        return "\n".join([*lines, "", f"The bar **{verdict}**.", ""])
+        note = "Copied images pass up to the bar, or where chance explains their share and the control's lies above it."
+        return "\n".join([*lines, "", note, "", f"The bar **{verdict}**.", ""])
 
 
 def audit(
