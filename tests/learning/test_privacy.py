@@ -162,10 +162,10 @@ def test_a_few_patients_conclude_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_nobody_whom_the_generator_learnt_from_is_a_stranger(tmp_path: Path) -> None:
     """Shots of the generator's own training split are compared with held-out patients, not with their neighbours."""
-    root = data_folder(tmp_path / "data", patients=24)
-    train = [row for row in data.read_manifest(root) if row.split == "train"]
-    assert {row.split for row in audit.others(root, train[:4], ("painted",))} == {"val"}
-    beside = audit.others(root, train[:4], ("elsewhere",))  # a generator that never saw this source
+    rows = data.read_manifest(data_folder(tmp_path / "data", patients=24))
+    train = [row for row in rows if row.split == "train"]
+    assert {row.split for row in audit.others(rows, train[:4], ("painted",))} == {"val"}
+    beside = audit.others(rows, train[:4], ("elsewhere",))  # a generator that never saw this source
     assert {row.split for row in beside} == {"train"} and len(beside) == len(train) - 4
 
 

@@ -52,8 +52,9 @@ def audit(
 ) -> PrivacyReport:
     """The report on one generator and the images it made; `shots` are an adapter's own members."""
     synthesise.check_maker(generated, makes)
-    members = shots if shots is not None else learnt(root, makes.card.trained_on)
-    strangers = others(root, members, makes.card.trained_on)
+    rows = data.read_manifest(root)
+    members = shots if shots is not None else learnt(rows, makes.card.trained_on)
+    strangers = others(rows, members, makes.card.trained_on)
     known = seen(makes, root, some(members, settings.members, settings.seed), cache)
     unknown = seen(makes, root, some(strangers, settings.members, settings.seed), cache)
     images, _ = synthesise.read_images(generated, makes.card.size)
@@ -64,25 +65,24 @@ def audit(
     return privacy.audit(suspect, control, embeddings, counts.made, counts.dropped, synthesise.manner(generated))
 
 
-def learnt(root: Path, trained_on: Sequence[str]) -> list[data.Row]:
-    """All that a generator learnt from; a folder that lacks a part of it would call that part nobody's."""
-    rows = [row for row in data.read_manifest(root) if row.source in trained_on and row.split == "train"]
-    if missing := sorted(set(trained_on) - {row.source for row in rows}):
+def learnt(rows: Sequence[data.Row], trained_on: Sequence[str]) -> list[data.Row]:
+    """All that a generator learnt from; data that lack a part of it would call that part nobody's."""
+    mine = [row for row in rows if row.source in trained_on and row.split == "train"]
+    if missing := sorted(set(trained_on) - {row.source for row in mine}):
         raise Misconfigured(
-            f"{root} holds no training image of {', '.join(missing)}, from which this generator learnt too: its copies"
+            f"The data hold no training image of {', '.join(missing)}, from which this generator learnt too: its copies"
             " would not be found. Name the data that it was trained with."
         )
-    return [row for row in rows if row.outlined]  # no other was learnt from
+    return [row for row in mine if row.outlined]  # no other was learnt from
 
 
-def others(root: Path, members: Sequence[data.Row], trained_on: Sequence[str]) -> list[data.Row]:
+def others(rows: Sequence[data.Row], members: Sequence[data.Row], trained_on: Sequence[str]) -> list[data.Row]:
     """Patients like the members whom neither the generator nor its adapter saw: the rest of their split, or `val` of
     their source where the generator learnt from that whole split.
     """
     known = {row.patient for row in members}
     where = {(r.source, "val" if r.split == "train" and r.source in trained_on else r.split) for r in members}
-    rows = [row for row in data.read_manifest(root) if row.outlined]
-    return [row for row in rows if (row.source, row.split) in where and row.patient not in known]
+    return [r for r in rows if r.outlined and (r.source, r.split) in where and r.patient not in known]
 
 
 def some(rows: Sequence[data.Row], most: int, seed: int) -> list[data.Row]:
@@ -157,8 +157,9 @@ def _asked_again(makes: Generator, known: Seen, settings: Settings) -> embed.Squ
 
 def build_filter(makes: Generator, root: Path, cache: Path | None = None) -> release.Filter:
     """The release filter of a generator, from all images it learnt from, in every view."""
-    rows = learnt(root, makes.card.trained_on)
+    rows = data.read_manifest(root)
+    known = learnt(rows, makes.card.trained_on)
     how = encode.Settings(size=makes.card.size, **makes.card.settings.get("encoded", {}))
-    train = np.stack([view.image for _, made in encode.views(root, rows, how, cache=cache) for view in made])
-    val = data.load(root, others(root, rows, makes.card.trained_on), cache, makes.card.size)
+    train = np.stack([view.image for _, made in encode.views(root, known, how, cache=cache) for view in made])
+    val = data.load(root, others(rows, known, makes.card.trained_on), cache, makes.card.size)
     return release.build(embed.latent(makes.coder), train, val.image)
