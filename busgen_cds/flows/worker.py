@@ -123,11 +123,16 @@ class Worker:
             settled_before=settled, received_after=None if thorough else now - _LATELY
         )
         parked = {job.study_ref for job in self.stations.jobs.all("parked")}
-        under_way = self.desk.under_way(self.stations.jobs.all("waiting"))
+        waiting = self.stations.jobs.all("waiting")
+        under_way = self.desk.under_way(waiting)
         asked = [ref for ref in unread if ref not in under_way and (ref not in parked or self._grew(ref))]
         for study_ref in asked:
             self.desk.arrived(study_ref)
-        return len(asked)
+        # A job that nobody does: its study was held, or let go, while its reading was asked for once more.
+        left = [job for job in waiting if job.study_ref not in under_way and job.study_ref not in unread]
+        for job in left:
+            self.desk.read(job.study_ref, job.evidence_digest)
+        return len(asked) + len(left)
 
     def _grew(self, study_ref: str) -> bool:
         """A parked study that got more images is another job."""

@@ -188,6 +188,25 @@ def test_a_stranger_without_an_id(tmp_path: Path) -> None:
         assert it.reader.reads == [] and not it.pacs.objects
 
 
+def test_asked_for_again_as_it_is_held(tmp_path: Path) -> None:
+    """Its reading ends with the study held; asked for once more at that moment, it does not wait for ever."""
+    first, second = a_lesion(2, patient_id="P1")
+    with hospital.opened(tmp_path) as it:
+        drop, asked = it.site.jobs.drop, []
+
+        def drops_and_is_asked(study_ref: str, *digests: str) -> None:
+            drop(study_ref, *digests)
+            if not asked:
+                asked.append(it.desk.read(study_ref, digests[0]))
+
+        it.site.jobs.drop = drops_and_is_asked  # type: ignore[method-assign]
+        it.scanner.sends([second, hospital.relabelled(first, PatientID="", PatientName="SOMEBODY^ELSE")])
+        it.waits_until(lambda: asked)
+        it.settles()
+        assert asked == ["under way"] and it.reader.reads == []
+        assert [item.state for item in waiting(it)] == ["held"]
+
+
 def test_a_stranger_without_an_id_after_the_answer(tmp_path: Path) -> None:
     """Rule 8: a late image without an id that bears another name: what was sent is recalled."""
     first, second = a_lesion(2, patient_id="P1")
