@@ -28,6 +28,11 @@ class Interval(NamedTuple):
     def __str__(self) -> str:
         return f"{self.value:.3f} ({self.low:.3f}–{self.high:.3f})"
 
+    @property
+    def signed(self) -> str:
+        """A change, with its sign at each end."""
+        return f"{self.value:+z.3f} ({self.low:+z.3f} to {self.high:+z.3f})"
+
 
 def auc(score: NDArray[Any], truth: NDArray[Any]) -> float:
     """The chance that a positive scores above a negative; ties count half."""

@@ -25,12 +25,13 @@ def test_a_card_tells_nothing_of_another_generator(tmp_path: Path) -> None:
     (tmp_path / "run" / release.FILE).write_bytes(b"0")
     said = {}
     for name, digest in (("other", "ab" * 32), ("own", Generator.load(tmp_path / "run", device="cpu").digest)):
-        found = {"generator": digest, "left": 0, "table": {}}
+        arms = {name: {"ensemble": {"value": value}} for name, value in (("real", 0.9), ("generated only", 0.7))}
+        found = {"generator": digest, "left": 0, "table": {"BUS-BRA test": arms}}
         (tmp_path / "generator-value.json").write_text(json.dumps(found))
         ship.ship(tmp_path / "run", tmp_path, tmp_path / name)
         said[name] = (tmp_path / name / ship.MODEL_CARD).read_text()
     assert "Worth to a reader: **not measured**" in said["other"]
-    assert "Worth to a reader: see" in said["own"]
+    assert "taught by generated images alone, and by real ones: 0.700 and 0.900 on BUS-BRA test." in said["own"]
 
 
 def test_a_shipped_generator_answers_and_its_card_is_honest(tmp_path: Path) -> None:

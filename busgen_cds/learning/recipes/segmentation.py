@@ -155,6 +155,6 @@ def write(found: dict[str, Any], out: Path) -> Path:
     for name, value in found["f1"].items():
         seeds = ", ".join(f"{x:.3f}" for x in found["each seed"][name])
         lines.append(f"| {name} | {figures.Interval(**value)} | {seeds} |")
-    lines += ["", f"Gain: {figures.Interval(**found['gain'])} (bar: at least +0.026, interval above 0).", ""]
+    lines += ["", f"Gain: {figures.Interval(**found['gain']).signed} (bar: at least +0.026, interval above 0).", ""]
     (out / f"{NAME}.md").write_text("\n".join(lines), encoding="utf-8")
     return out / f"{NAME}.md"

@@ -118,7 +118,13 @@ def _privacy(found: dict[str, Any] | None) -> list[str]:
 def _value(found: dict[str, Any] | None) -> list[str]:
     if found is None:
         return ["- Worth to a reader: **not measured**."]
-    return [f"- Worth to a reader: see docs/results/generator-value.md ({found['left']} runs still to do)."]
+    sets = "; ".join(
+        f"{arms['generated only']['ensemble']['value']:.3f} and {arms['real']['ensemble']['value']:.3f} on {name}"
+        for name, arms in found["table"].items()
+        if "generated only" in arms and "real" in arms
+    )
+    left = f" ({found['left']} runs still to do)" if found["left"] else ""
+    return [f"- AUC of a reader taught by generated images alone, and by real ones{left}: {sets or 'not measured'}."]
 
 
 def _number(value: float | None) -> str:

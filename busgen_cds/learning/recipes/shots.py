@@ -199,10 +199,7 @@ def write(found: Sequence[Compared], judged: data.Images, out: Path, left: int, 
         "",
         "| arm | shots | AUC of each seed | gain (95 % interval over patients and seeds) |",
         "|---|---|---|---|",
-        *(
-            f"| {f.arm} | {f.shots} | {', '.join(f'{x:.3f}' for x in f.seeds)} | {site_adaptation.signed(f.gain)} |"
-            for f in found
-        ),
+        *(f"| {f.arm} | {f.shots} | {', '.join(f'{x:.3f}' for x in f.seeds)} | {f.gain.signed} |" for f in found),
         "",
     ]
     page.write_text("\n".join(lines), encoding="utf-8")

@@ -329,8 +329,8 @@ def _page(
         "| arm | cases | draws | AUC after | gain | gain, lesions only | change on BUS-BRA `test` | |",
         "|---|---|---|---|---|---|---|---|",
         *(
-            f"| {f.arm} | {f.cases} | {f.draws} | {f.auc:.3f} | {signed(f.gain)} | {signed(f.lesions)} |"
-            f" {signed(f.home) if f.home else '–'} | {verdict(f, settings)} |"
+            f"| {f.arm} | {f.cases} | {f.draws} | {f.auc:.3f} | {f.gain.signed} | {f.lesions.signed} |"
+            f" {f.home.signed if f.home else '–'} | {verdict(f, settings)} |"
             for f in found
         ),
         "",
@@ -357,7 +357,7 @@ def _bars(found: Sequence[Compared], settings: Settings) -> list[str]:
     for f in found:
         if f.cases == most and f.home:
             met, kept = f.gain.value >= BAR, f.home.value >= -DROP
-            lines.append(_bar(f"gain ≥ {BAR:+.2f} with {most} cases", f, settings, signed(f.gain), met))
+            lines.append(_bar(f"gain ≥ {BAR:+.2f} with {most} cases", f, settings, f.gain.signed, met))
             lines.append(_bar(f"BUS-BRA drops by ≤ {DROP:.2f}", f, settings, f"{f.home.value:+.3f}", kept))
         if f.cases == fewest:
             held = f.gain.low > LOWEST
@@ -370,8 +370,3 @@ def _bars(found: Sequence[Compared], settings: Settings) -> list[str]:
 def _bar(bar: str, of: Compared, settings: Settings, found: str, met: bool) -> str:
     few = f", on {of.draws} of {settings.draws} draws" if of.draws < settings.draws else ""
     return f"| {bar} | {of.arm} | {found} | {'met' if met else 'missed'}{few} |"
-
-
-def signed(interval: Interval) -> str:
-    """A change, with its sign at each end."""
-    return f"{interval.value:+.3f} ({interval.low:+.3f} to {interval.high:+.3f})"

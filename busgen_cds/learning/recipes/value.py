@@ -295,7 +295,7 @@ def write(table: dict[str, Any], left: int, generator: str, settings: Settings, 
         ]
         lines.append("|---|---|---|---|---|")
         for name, line in arms_.items():
-            gain = figures.Interval(**line["gain"]) if "gain" in line else "–"
+            gain = figures.Interval(**line["gain"]).signed if "gain" in line else "–"
             seeds = ", ".join(f"{x:.3f}" for x in line["seeds"])
             whole = figures.Interval(**line["ensemble"])
             lines.append(f"| {name} | {len(line['seeds'])} | {seeds} | {whole} | {gain} |")
