@@ -12,8 +12,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from busgen_cds.cli.console import HERE, Config, Json, console, opened, out, print_json, read_settings, table
-from busgen_cds.cli.custody import me
+from busgen_cds.cli.console import (
+    HERE,
+    Config,
+    Json,
+    account,
+    console,
+    opened,
+    out,
+    person,
+    print_json,
+    read_settings,
+    table,
+)
 from busgen_cds.errors import Misconfigured
 
 if TYPE_CHECKING:
@@ -27,7 +38,7 @@ def _named(who: str) -> str:
 
     if not who.strip():
         raise Misconfigured(NAMELESS)
-    return who.strip()
+    return person(who)
 
 
 Who = Annotated[str, typer.Option("--who", prompt="Your name", callback=_named, help="Who says so; it is recorded.")]
@@ -215,7 +226,7 @@ def _note_keys(site: Site, promoter: Path) -> None:
 
     key = signing.key_id(site_keys.promoter_public(promoter))
     with site.database.transaction() as session:
-        audit.record(session, audit.Act("signing keys made", me(), "", detail={"promoter": key}))
+        audit.record(session, audit.Act("signing keys made", account(), "", detail={"promoter": key}))
 
 
 @app.command()
@@ -230,8 +241,8 @@ def shadow(
     with opened(config) as site:
         if which:
             digest = site.shelf.get(which).digest
-            person = who or typer.prompt("Your name")
-            (site.shelf.end_shadow if end else site.shelf.to_shadow)(digest, person=person)
+            says = _named(who or typer.prompt("Your name"))
+            (site.shelf.end_shadow if end else site.shelf.to_shadow)(digest, person=says)
             return out.print(f"{digest[:12]} {'is out of' if end else 'is in'} shadow.")
         return _compared(site, as_json)
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from busgen_cds import truth
-from busgen_cds.cli.console import HERE, Config, Json, console, every_file, opened, out, table
+from busgen_cds.cli.console import HERE, Config, Json, Who, console, every_file, opened, out, table
 from busgen_cds.errors import Misconfigured
 from busgen_cds.truth import Conflict, Known
 
@@ -76,7 +76,7 @@ cases_app = typer.Typer(no_args_is_help=True, help="What readers and pathology s
 def cases_import(
     files: Annotated[list[Path], typer.Argument(exists=True, help="CSV, FHIR (.json) or HL7 v2 files, or folders.")],
     config: Config = HERE,
-    who: Annotated[str, typer.Option(help="Who asks; it is recorded.")] = "operator",
+    who: Who = "",
 ) -> None:
     """Take in pathology, matched by accession number and patient id; then make the cases that it settles."""
     from busgen_cds import pathology
@@ -196,7 +196,7 @@ def cases_export(
 def cases_withdraw(
     report: Annotated[str, typer.Argument(help="Reference of a pathology report, as `cases list` shows it.")],
     config: Config = HERE,
-    who: Annotated[str, typer.Option(help="Who asks; it is recorded.")] = "operator",
+    who: Who = "",
 ) -> None:
     """Say that a pathology report does not hold; conflicts that it made are looked at again."""
     from busgen_cds.flows import confirm_case

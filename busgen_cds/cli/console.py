@@ -8,6 +8,8 @@ Rules:
 from __future__ import annotations
 
 import json
+import os
+import pwd
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
@@ -32,6 +34,23 @@ out, console = Console(), Console(stderr=True)
 Config = Annotated[
     Path, typer.Option("--config", "-c", envvar="BUSGEN_CDS_CONFIG", help="The site's settings file, or its folder.")
 ]
+
+
+def account() -> str:
+    """Who runs this program, as the system knows it: no variable of a shell changes that."""
+    try:
+        name = pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:  # a container's user without a name
+        name = f"user {os.getuid()}"
+    return f"{name} (command line)"
+
+
+def person(name: str) -> str:
+    """Whom somebody at the command line says to be, as it is recorded: never without the account."""
+    return f"{name.strip()} ({account().replace(' (', ', ')}" if name.strip() else account()
+
+
+Who = Annotated[str, typer.Option("--who", callback=person, help="Who asks, if not this account; both are recorded.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 HERE = Path(settings.FILE)
 

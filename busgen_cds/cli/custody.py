@@ -9,7 +9,6 @@ Rules:
 from __future__ import annotations
 
 import functools
-import getpass
 import inspect
 import json
 import sys
@@ -22,7 +21,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from busgen_cds.cli.console import HERE, Config, Json, opened, out, print_json, read_settings, settings_file, table
+from busgen_cds.cli.console import (
+    HERE,
+    Config,
+    Json,
+    account,
+    opened,
+    out,
+    print_json,
+    read_settings,
+    settings_file,
+    table,
+)
 from busgen_cds.errors import Misconfigured
 
 if TYPE_CHECKING:
@@ -33,11 +43,6 @@ if TYPE_CHECKING:
 app = typer.Typer()
 audit_app = typer.Typer(no_args_is_help=True, help="The record of acts.")
 keys_app = typer.Typer(no_args_is_help=True, help="The site key.")
-
-
-def me() -> str:
-    """Who runs this program."""
-    return f"{getpass.getuser()} (command line)"
 
 
 # ---- The record of acts
@@ -114,7 +119,7 @@ def export(
     with opened(config) as site:
         wanted = asked.at(site)
         with site.database.transaction() as session:
-            audit.record(session, audit.Act("record exported", me(), ""))
+            audit.record(session, audit.Act("record exported", account(), ""))
         if str(to) == "-":
             sys.stdout.writelines(each.line().decode() for each in audit.entries(site.database, wanted))
             return
@@ -216,7 +221,7 @@ def rotate(
             "again, one after the other; then the new one first, and start each again; then come back."
         )
     with house.opened_site(chosen) as site:
-        done = rotation.rotate(site.database, site.vault, me())
+        done = rotation.rotate(site.database, site.vault, account())
     out.print(f"{done.rows} rows were brought over to the new key.", soft_wrap=True)
     if done.left:
         out.print(f"These still need the older key, so keep it: {', '.join(done.left)}.", soft_wrap=True)
@@ -248,7 +253,7 @@ def retire(config: Config = HERE) -> None:
             raise Misconfigured(f"The older key is still needed for {', '.join(left)}: run `busgen-cds keys rotate`.")
         gone = source.retire()
         with site.database.transaction() as session:
-            audit.record(session, audit.Act("older site keys retired", me(), "", detail={"keys": gone}))
+            audit.record(session, audit.Act("older site keys retired", account(), "", detail={"keys": gone}))
     out.print(f"{gone} older keys were taken away." if gone else "There was no older key.")
 
 
@@ -267,7 +272,7 @@ def shred(
         ref = _study_ref(site, study)
         if not yes:
             typer.confirm(f"Shred study {ref}? No copy of it here can be read afterwards.", abort=True)
-        against = _letting(site).shred(ref, me(), insist=insist)
+        against = _letting(site).shred(ref, account(), insist=insist)
         if against:
             out.print(f"The proof fails: {'; '.join(against)}.", soft_wrap=True)
             raise typer.Exit(1)

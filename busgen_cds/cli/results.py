@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from busgen_cds.cli.console import HERE, Config, Json, opened, out, print_json, table
+from busgen_cds.cli.console import HERE, Config, Json, Who, opened, out, print_json, table
 from busgen_cds.errors import Misconfigured
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def results_resend(
     ref: str,
     config: Config = HERE,
     to: Annotated[str | None, typer.Option(help="Only to this destination.")] = None,
-    who: Annotated[str, typer.Option(help="Who asks; it is recorded.")] = "operator",
+    who: Who = "",
 ) -> None:
     """Send a result's objects again, byte for byte."""
     with opened(config) as site:
@@ -89,7 +89,7 @@ def queue(
     patient: Annotated[str, typer.Option(help="With --release: the patient id whose study it is.")] = "",
     issuer: Annotated[str, typer.Option(help="With --patient: the issuer of that id.")] = "",
     resume: Annotated[bool, typer.Option("--resume", help="Let a stopped engine be used again.")] = False,
-    who: Annotated[str, typer.Option(help="Who asks; it is recorded.")] = "operator",
+    who: Who = "",
     as_json: Json = False,
 ) -> None:
     """What waits, what is stuck and why, what was refused at the door."""

@@ -17,6 +17,7 @@ from busgen_cds import app, bundle, settings
 from busgen_cds.app import Site
 from busgen_cds.bundle import Candidate
 from busgen_cds.cli import bundles
+from busgen_cds.cli.console import person
 from busgen_cds.errors import Misconfigured, Untrusted
 from busgen_cds.operations import exchange
 from busgen_cds.result import BundleName, Declined
@@ -97,7 +98,7 @@ def test_from_the_shelf_to_live_and_back(houses: tuple[House, House]) -> None:
     assert north.listed()["2"] == "retired" and shipped.digest in north.says("verify", "live").stdout
     other = north.shelves(a_candidate("3"))
     assert north.says("withdraw", other, "--who", "phil", "--reason", "too many 4A").exit_code == 0
-    assert north.acts("bundle promoted") == ["phil"] and north.acts("bundle rolled back to") == ["ada"]
+    assert north.acts("bundle promoted") == [person("phil")] and north.acts("bundle rolled back to") == [person("ada")]
 
 
 def test_nobody_says_nothing(houses: tuple[House, House], tmp_path: Path) -> None:
@@ -134,10 +135,10 @@ def test_a_bundle_goes_to_another_site(houses: tuple[House, House], tmp_path: Pa
     done = south.says("import", parcel, "--who", "saskia")
     assert done.exit_code == 0 and "from North" in done.stdout
     entry = south.site.shelf.get(digest)
-    assert (entry.state, entry.who, entry.report["came"]["from"]) == ("shelved", "saskia", "North")
+    assert (entry.state, entry.who, entry.report["came"]["from"]) == ("shelved", person("saskia"), "North")
     assert south.site.shelf.open(digest).manifest.version == "5"
     assert south.says("import", parcel, "--who", "saskia").exit_code == 0  # twice is once
-    assert north.acts("parcel made") == ["phil"] and south.acts("bundle shelved") == ["saskia"]
+    assert north.acts("parcel made") == [person("phil")] and south.acts("bundle shelved") == [person("saskia")]
 
 
 def test_an_adapter_goes_to_another_site(houses: tuple[House, House], tmp_path: Path) -> None:

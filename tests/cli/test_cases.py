@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import pwd
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ from typer.testing import CliRunner
 from busgen_cds import app, cli, settings
 from busgen_cds.case import Case, Pathology
 from busgen_cds.cli.cases import cases_app
+from busgen_cds.cli.custody import audit_app
 from busgen_cds.cli.site import settings_text
 from busgen_cds.errors import Misconfigured
 from busgen_cds.operations import learning_loop
@@ -38,6 +41,25 @@ def test_a_bad_row_is_named_and_the_rest_is_taken_in(config: Path, tmp_path: Pat
     assert "1 pathology reports name an accession number of no study answered here" in first.output
     again = RUN.invoke(cases_app, ["import", str(tmp_path), "-c", str(config)])
     assert "0 reports taken in, 1 known already" in again.output
+
+
+def test_a_typed_name_is_recorded_with_the_account(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever somebody says to be: the record names the account too, whatever the shell says; `--who` finds both."""
+    monkeypatch.setenv("LOGNAME", "somebody-else")
+    here = pwd.getpwuid(os.getuid()).pw_name
+    head = "accession_number,patient_id,pathology,reported_on\n"
+    for number, who in (("B1", ("--who", "maria")), ("B2", ())):
+        (tmp_path / f"{number}.csv").write_text(f"{head}{number},P1,benign,2026-03-04\n")
+        RUN.invoke(cases_app, ["import", str(tmp_path / f"{number}.csv"), *who, "-c", str(config)])
+
+    def acts(of: str) -> list[str]:
+        found = RUN.invoke(audit_app, ["show", "--who", of, "--kind", "pathology", "--json", "-c", str(config)])
+        return [act["who"] for act in json.loads(found.stdout)]
+
+    assert acts("maria") == [f"maria ({here}, command line)"] and f"{here} (command line)" in acts(here)
+    assert acts("mar") == []
 
 
 def test_cases_are_listed_for_machines(config: Path) -> None:
