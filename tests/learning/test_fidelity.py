@@ -191,12 +191,12 @@ def test_a_queue_answers_one_question(root: Path, tmp_path: Path) -> None:
 
 def test_the_arms_of_growing_size_have_a_page_of_their_own(tmp_path: Path) -> None:
     """Two queues may share a folder of runs: each compares its own arms, and neither page replaces the other."""
-    for arm in (Arm("real"), *value.scaling()):
+    for arm in (Arm("real"), *value.scaling((300, 1000))):
         (tmp_path / f"{arm.name}-0").mkdir()
         told = {"arm": dataclasses.asdict(arm), "seed": 0, "auc": {}, "scores": {}}
         (tmp_path / f"{arm.name}-0" / value.RESULT).write_text(json.dumps(told))
-    found = value.results(value.queue(value.scaling(), 2), tmp_path)
-    assert [run["arm"]["name"] for run in found] == [arm.name for arm in value.scaling()]
+    found = value.results(value.queue(value.scaling((300, 1000)), 2), tmp_path)
+    assert [run["arm"]["name"] for run in found] == [arm.name for arm in value.scaling((300, 1000))]
     pages = [value.write({}, 0, "", PAINTED, tmp_path, page) for page in (value.NAME, value.SCALING)]
     assert [page.name for page in pages] == ["generator-value.md", "generator-scaling.md"]
     assert "ever more" in pages[1].read_text() and "ever more" not in pages[0].read_text()

@@ -84,7 +84,7 @@ def arms(real: int) -> list[Arm]:
     ]
 
 
-def scaling(counts: Sequence[int] = (300, 1000, 3000, 10_000), shares: Sequence[float] = (0.25, 0.5)) -> list[Arm]:
+def scaling(counts: Sequence[int], shares: Sequence[float] = (0.25, 0.5)) -> list[Arm]:
     """Ever more generated images alone, beside ever more real ones."""
     generated = [Arm(f"generated-{count}", real=0.0, generated=count) for count in counts]
     return generated + [Arm(f"real-{share:g}", real=share) for share in shares]
