@@ -43,9 +43,7 @@ def test_a_bad_row_is_named_and_the_rest_is_taken_in(config: Path, tmp_path: Pat
     assert "0 reports taken in, 1 known already" in again.output
 
 
-def test_a_typed_name_is_recorded_with_the_account(
-    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_name_is_recorded_with_the_account(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever somebody says to be: the record names the account too, whatever the shell says; `--who` finds both."""
     monkeypatch.setenv("LOGNAME", "somebody-else")
     here = pwd.getpwuid(os.getuid()).pw_name
