@@ -3,14 +3,16 @@
 Rules:
 - A case holds nothing but the de-identified tissue, the lesion's outline if a reader agreed with it or drew it, what it
   truly is, who said so, when, and which bundle had said what.
-- Doing it again changes nothing; when what is known changes, the case is replaced, and what is in doubt again is none:
-  neither is what a newer revision no longer shows. A study that was let go keeps its cases as they are.
+- Doing it again changes nothing, and opens no image of a case that stands on the same grounds. When what is known
+  changes, the case is replaced; what is in doubt again is none, nor is what a newer revision no longer shows. A study
+  that was let go keeps its cases as they are.
 - A case has a patient: without an id nobody can say whether those who teach and those who test are the same person.
 - Nothing is guessed: `truth` decides, and every finding without a case has its reason.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -32,6 +34,7 @@ from busgen_cds.study import Frame, Region, Source, Study
 from busgen_cds.truth import Conflict, Known, Open, Opinion
 
 WHO = "case maker"
+SHAPE = 1  # of a case: one more when the same words come to make another one
 
 
 @dataclass(frozen=True)
@@ -113,9 +116,20 @@ def _of_study(stations: Stations, study_ref: str) -> list[Outcome]:
     said, doubts = _known(stations, study_ref, entry.revision, shown.answer)
     numbers = range(1, len(said.answer.findings) + 1) if said.answer.findings else [WHOLE_STUDY]
     decided = {number: _decided(said, number) for number in numbers}
-    frames = _frames(stations, study_ref) if any(isinstance(each, Known) for each in decided.values()) else {}
-    kept = [_kept(stations, said, number, found, frames) for number, found in decided.items()]
+    made = stations.book.findings(study_ref)
+    anew = {n: found for n, found in decided.items() if made.get(n) != _grounds(said, n, found)}
+    frames = _frames(stations, study_ref) if any(isinstance(each, Known) for each in anew.values()) else {}
+    kept = [
+        _kept(stations, said, n, found, frames) if n in anew else Outcome(study_ref, n, found)
+        for n, found in decided.items()
+    ]
     return doubts + _outdated(stations, study_ref, numbers) + kept
+
+
+def _grounds(said: _Said, number: int, found: Known | Open | Conflict) -> str:
+    """Changes with whatever may change a case: a revision, its images and a reader's word are never rewritten."""
+    word = said.words[number].ref if number in said.words else ""
+    return hashlib.sha256(repr((SHAPE, said.revision, number, word, found, said.proven_on)).encode()).hexdigest()
 
 
 def _outdated(stations: Stations, study_ref: str, shown: Collection[int]) -> list[Outcome]:
@@ -205,7 +219,14 @@ def _kept(
         dropped = stations.book.drop(said.study_ref, number, reason=made.reason, who=WHO)
         return Outcome(said.study_ref, number, made, dropped)
     who = said.words[number].word.who if number in said.words else WHO
-    changed = stations.book.keep(made, study_ref=said.study_ref, revision=said.revision, finding=number, who=who)
+    changed = stations.book.keep(
+        made,
+        study_ref=said.study_ref,
+        revision=said.revision,
+        finding=number,
+        who=who,
+        grounds=_grounds(said, number, found),
+    )
     return Outcome(said.study_ref, number, found, changed)
 
 

@@ -65,6 +65,7 @@ class CaseTable(Base):
     bundle_version: Mapped[str] = mapped_column(sa.String(64))
     bundle_digest: Mapped[str] = mapped_column(sa.String(64))
     sha256: Mapped[str] = mapped_column(sa.String(64))  # of everything in the case
+    grounds: Mapped[str] = mapped_column(sa.String(64), server_default="")  # digest of what was known then
     pixels: Mapped[bytes] = mapped_column(Sealed)
     made_at: Mapped[datetime] = mapped_column(UtcTime)
 
@@ -166,7 +167,7 @@ class Casebook:
 
     # -- cases -------------------------------------------------------------------------------------------------------
 
-    def keep(self, one: Case, *, study_ref: str, revision: int, finding: int, who: str) -> bool:
+    def keep(self, one: Case, *, study_ref: str, revision: int, finding: int, who: str, grounds: str = "") -> bool:
         """Keep or replace a finding's case; False: it is kept already, as it is."""
         pixels = _to_bytes(one)
         said, part = one.said_by or BundleName("", "", ""), self.part_of(one.patient_hash)
@@ -182,8 +183,9 @@ class Casebook:
             mine = (_cases.c.study_ref == study_ref) & (_cases.c.finding == finding)
             before = session.execute(sa.select(_cases.c.ref, _cases.c.sha256).where(mine)).first()
             if before is not None and before.sha256 == digest:
+                session.execute(sa.update(_cases).where(mine).values(grounds=grounds))
                 return False
-            values |= {"sha256": digest, "pixels": self._vault.seal(pixels), "made_at": now}
+            values |= {"grounds": grounds, "sha256": digest, "pixels": self._vault.seal(pixels), "made_at": now}
             ref = before.ref if before else secrets.token_hex(16)
             if before is None:
                 values |= {"ref": ref, "study_ref": study_ref, "finding": finding}
@@ -205,11 +207,11 @@ class Casebook:
                 audit.record(session, audit.Act("case dropped", who, reason, study_ref, {"case": gone}))
         return gone is not None
 
-    def findings(self, study_ref: str) -> list[int]:
-        """Those of a study that have a case."""
+    def findings(self, study_ref: str) -> dict[int, str]:
+        """Those of a study that have a case, and the digest of what it was made of."""
+        query = sa.select(_cases.c.finding, _cases.c.grounds).where(_cases.c.study_ref == study_ref)
         with self._database.reading() as session:
-            query = sa.select(_cases.c.finding).where(_cases.c.study_ref == study_ref)
-            return list(session.execute(query).scalars())
+            return {row.finding: row.grounds for row in session.execute(query)}
 
     def listing(self, part: Part | None = None, *, made_after: datetime | None = None) -> list[Listed]:
         query = sa.select(*(c for c in _cases.c if c.name in Listed.__dataclass_fields__))

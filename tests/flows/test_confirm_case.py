@@ -70,6 +70,22 @@ def test_an_agreed_finding_becomes_a_sealed_case_once(site: Site) -> None:
     assert case.tissue.tobytes()[5000:5400] not in stored
 
 
+def test_a_second_look_opens_no_image(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A case that was made is not made again to see that it is the same; another word, and it is."""
+    ref = site.study(1, Says("5"))
+    site.says(ref, "agree")
+    confirm_case.gather(site.stations)
+    with monkeypatch.context() as patched:
+        patched.setattr(confirm_case, "_frames", lambda *_: pytest.fail("an image was opened"))
+        assert [(each.found, each.changed) for each in confirm_case.gather(site.stations)] == [
+            (Known("malignant", "reader"), False)
+        ]
+    site.proves(ref, "malignant")
+    assert [(each.found, each.changed) for each in confirm_case.gather(site.stations)] == [
+        (Known("malignant", "pathology"), True)
+    ]
+
+
 @pytest.mark.parametrize(
     ("category", "proven", "kind", "says"),
     [
