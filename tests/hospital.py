@@ -50,7 +50,7 @@ from tests.pacs import Pacs
 SITE_KEY = bytes(range(32))
 BUNDLE = BundleName("hospital-reader", "1", "b" * 64)
 QUICK = Waits(
-    silence=0.3, after_close=0.1, count=3.0, count_again=0.2, commitment=2.0, commitment_again=0.5, first_retry=0.2,
+    silence=2.0, after_close=0.1, count=3.0, count_again=0.2, commitment=2.0, commitment_again=0.5, first_retry=0.2,
     longest_retry=1.0, heartbeat=0.3, silent=1.5, sweep=1.0, poll=0.02, reading_tries=3,
 )  # fmt: skip
 
@@ -78,6 +78,8 @@ class Reader:
         self.declines = ""
         self.fails: list[Exception] = []  # one for each coming attempt
         self.seconds = 0.0
+        self.gate = threading.Event()  # cleared: a reading that has begun waits here
+        self.gate.set()
         self.reads: list[str] = []
         self._lock = threading.Lock()
 
@@ -85,6 +87,7 @@ class Reader:
         with self._lock:
             self.reads.append(study.uid)
             failure = self.fails.pop(0) if self.fails else None
+        self.gate.wait(60)
         time.sleep(self.seconds)
         if failure is not None:
             raise failure
@@ -256,13 +259,20 @@ class Hospital:
         self.worker.stop()
         self.worker_starts()
 
+    def statuses(self) -> dict[str, str]:
+        """Of the engine's workflows, by name."""
+        return {each.workflow_id: each.status for each in self.desk.client.list_workflows(load_input=False)}
+
+    def idle(self) -> bool:
+        """Has every workflow come to its end?"""
+        return not {"PENDING", "ENQUEUED", "DELAYED"} & set(self.statuses().values())
+
     def settles(self, seconds: float = 60) -> None:
         """Until every study is read, parked or held, and every delivery done, parked or withdrawn."""
         try:
             self.waits_until(lambda: not self.unsettled(), seconds)
         except AssertionError:
-            workflows = [f"{w.workflow_id} {w.status}" for w in self.desk.client.list_workflows(load_input=False)]
-            raise AssertionError(f"still waiting: {self.unsettled()}; workflows: {workflows}") from None
+            raise AssertionError(f"still waiting: {self.unsettled()}; workflows: {self.statuses()}") from None
 
     def waits_until(self, true: Callable[[], Any], seconds: float = 60, otherwise: str = "it did not happen") -> Any:
         end = time.monotonic() + seconds

@@ -41,7 +41,7 @@ def _named(who: str) -> str:
     return person(who)
 
 
-Who = Annotated[str, typer.Option("--who", prompt="Your name", callback=_named, help="Who says so; it is recorded.")]
+Says = Annotated[str, typer.Option("--who", prompt="Your name", callback=_named, help="Who says so; it is recorded.")]
 Passphrase = Annotated[
     str,
     typer.Option(
@@ -118,7 +118,7 @@ def _bundle(which: str, config: Path) -> Any:
 
 
 @app.command()
-def promote(which: Which, who: Who, passphrase: Passphrase, config: Config = HERE) -> None:
+def promote(which: Which, who: Says, passphrase: Passphrase, config: Config = HERE) -> None:
     """Make a bundle that read along live, by a signed and numbered statement."""
     from busgen_cds import app as house
 
@@ -128,7 +128,7 @@ def promote(which: Which, who: Who, passphrase: Passphrase, config: Config = HER
 
 
 @app.command()
-def rollback(who: Who, passphrase: Passphrase, config: Config = HERE) -> None:
+def rollback(who: Says, passphrase: Passphrase, config: Config = HERE) -> None:
     """Make live again what was live before the present one."""
     from busgen_cds import app as house
 
@@ -140,7 +140,7 @@ def rollback(who: Who, passphrase: Passphrase, config: Config = HERE) -> None:
 @app.command()
 def withdraw(
     which: Which,
-    who: Who,
+    who: Says,
     reason: Annotated[str, typer.Option(prompt="Why", help="Kept with it.")],
     config: Config = HERE,
 ) -> None:
@@ -154,7 +154,7 @@ def withdraw(
 def export(
     what: Annotated[str, typer.Argument(help="A digest of the shelf; or the folder of an adapter or a synthetic set.")],
     to: Annotated[Path, typer.Argument(help="The parcel to be written.")],
-    who: Who,
+    who: Says,
     passphrase: Passphrase,
     kind: Annotated[str, typer.Option(help="Of a folder: “adapter” or “synthetic set”.")] = "",
     name: Annotated[str, typer.Option(help="Of a folder: what it is called.")] = "",
@@ -180,7 +180,7 @@ def export(
 @app.command("import")
 def import_(
     parcel: Annotated[Path, typer.Argument(exists=True, help="A parcel, or a release's bundle folder.")],
-    who: Who,
+    who: Says,
     config: Config = HERE,
 ) -> None:
     """Verify what another site, or a release, sent, and keep it; a bundle goes onto the shelf and no further."""

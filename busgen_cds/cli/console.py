@@ -37,19 +37,26 @@ Config = Annotated[
 
 
 def account() -> str:
-    """Who runs this program, as the system knows it: no variable of a shell changes that."""
-    try:
-        name = pwd.getpwuid(os.getuid()).pw_name
-    except KeyError:  # a container's user without a name
-        name = f"user {os.getuid()}"
-    return f"{name} (command line)"
+    """Who runs this program, as it is recorded."""
+    return f"{_account()} (command line)"
 
 
 def person(name: str) -> str:
     """Whom somebody at the command line says to be, as it is recorded: never without the account."""
-    return f"{name.strip()} ({account().replace(' (', ', ')}" if name.strip() else account()
+    if len(name.strip()) > LONGEST_NAME:
+        raise typer.BadParameter(f"a name has at most {LONGEST_NAME} characters")
+    return f"{name.strip()} ({_account()}, command line)" if name.strip() else account()
 
 
+def _account() -> str:
+    """As the system knows it: no variable of a shell changes that."""
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:  # a container's user without a name
+        return f"user {os.getuid()}"
+
+
+LONGEST_NAME = 64  # with its account it fits where it is recorded
 Who = Annotated[str, typer.Option("--who", callback=person, help="Who asks, if not this account; both are recorded.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 HERE = Path(settings.FILE)

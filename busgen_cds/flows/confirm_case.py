@@ -116,7 +116,7 @@ def _of_study(stations: Stations, study_ref: str) -> list[Outcome]:
     said, doubts = _known(stations, study_ref, entry.revision, shown.answer)
     numbers = range(1, len(said.answer.findings) + 1) if said.answer.findings else [WHOLE_STUDY]
     decided = {number: _decided(said, number) for number in numbers}
-    made = stations.book.findings(study_ref)
+    made = stations.book.grounds(study_ref)
     anew = {n: found for n, found in decided.items() if made.get(n) != _grounds(said, n, found)}
     frames = _frames(stations, study_ref) if any(isinstance(each, Known) for each in anew.values()) else {}
     kept = [
@@ -135,7 +135,7 @@ def _grounds(said: _Said, number: int, found: Known | Open | Conflict) -> str:
 def _outdated(stations: Stations, study_ref: str, shown: Collection[int]) -> list[Outcome]:
     """The cases of findings that the study's newest answer does not have."""
     found = Open("a newer revision of the study's result does not show it")
-    gone = sorted(set(stations.book.findings(study_ref)) - set(shown))
+    gone = sorted(stations.book.grounds(study_ref).keys() - set(shown))
     return [
         Outcome(study_ref, number, found, stations.book.drop(study_ref, number, reason=found.reason, who=WHO))
         for number in gone

@@ -34,6 +34,8 @@ COMPLETE, READ, DELIVER = "complete", "read", "deliver"
 COMPLETE_STUDY, READ_STUDY, DELIVER_RESULT = "complete_study", "read_study", "deliver_result"
 WAKES_EARLY = 1.2  # DBOS looks once a second for delayed workflows; the rest of a silence is waited for exactly
 
+STATED = "stated"  # in place of the evidence's digest, which the word changes as it is written
+
 _ACTIVE = ("PENDING", "ENQUEUED", "DELAYED")
 _GAVE_UP = "MAX_RECOVERY_ATTEMPTS_EXCEEDED"
 
@@ -142,6 +144,13 @@ class Desk:
             active |= {names[each.workflow_id] for each in found}
         return active
 
+    def has_work(self, worker: str) -> bool:
+        """Has it taken up workflows that are not at their end?"""
+        mine = self.client.list_workflows(
+            executor_id=worker, status="PENDING", limit=1, load_input=False, load_output=False
+        )
+        return bool(mine)
+
     def forget(self, ended_before: datetime) -> int:
         """Drop workflows that ended long ago from the engine's database: what they did stands in ours."""
         ended = self.client.list_workflows(
@@ -218,6 +227,8 @@ class Desk:
     def release(self, inbox: Inbox, study_ref: str, *, who: str, patient: Patient | None = None) -> None:
         """Let a held study go on: it is read if it was not, and what waits for it is sent. With the images of two
         patients under it, as the study of the one who is stated."""
+        if patient is not None:  # a word adds no image by which a sweep would see that there is something to read
+            self.jobs.begin(study_ref, STATED)
         inbox.release(study_ref, who, patient)
         for delivery in self.deliveries.retry(study_ref, who=who):
             self.deliver(delivery)

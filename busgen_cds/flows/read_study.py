@@ -155,9 +155,9 @@ def _read(study_ref: str, digest: str, attempt: int) -> str:
 
 def _gather_and_keep(services: Services, study_ref: str, digest: str) -> str:
     # 1. Is there anything to do?
-    held = services.inbox.held(study_ref)
     instances = services.inbox.instances(study_ref)
     stated = services.inbox.stated(study_ref)
+    held = services.inbox.held(study_ref)  # after the images: another patient's that comes meanwhile is not counted
     now_there = digest_of(instances, services.results, stated)
     known = services.results.current(study_ref)
     if held:

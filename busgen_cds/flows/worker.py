@@ -49,15 +49,15 @@ class Worker:
         self._url, self._readings, self._deliveries = workflows_url, readings, deliveries
         self.desk = Desk(workflows_url, stations.results, stations.jobs, stations.waits)
         self._ending = threading.Event()
-        self._stopped = False  # the engine, as the last sweep saw it
+        self._swept = stations.clock()
         self._threads: list[threading.Thread] = []
 
     def start(self) -> None:
         desk.prepare(self._url)
         services.use(self.stations)
         read_study.use(self.desk)
+        self.stations.jobs.beat(self.name)  # before it takes any work: whoever dies with some is missed
         self._launch()
-        self.stations.jobs.beat(self.name)
         self._repeat("heartbeat", self.stations.waits.heartbeat, self._beat)
         self.sweep(thorough=True)
         self._repeat("live bundle", self.stations.waits.follow, self._follow)
@@ -70,15 +70,16 @@ class Worker:
             self._repeat("drift", self.stations.waits.drift, self.stations.watch.look)
 
     def stop(self) -> None:
-        """End cleanly: what is under way is taken up again at the next start."""
+        """End cleanly: what is under way is taken up again at the next start, or by another worker."""
         self._ending.set()
         for thread in self._threads:
             thread.join(timeout=10)
         DBOS.destroy()
         if self.companion is not None:
             self.companion.close()
+        if not self.desk.has_work(self.name):
+            self.stations.jobs.leave(self.name)
         self.desk.close()
-        self.stations.jobs.leave(self.name)
         services.use(None)
         read_study.use(None)
 
@@ -112,11 +113,11 @@ class Worker:
             )
 
     def _sweep_readings(self, thorough: bool) -> int:
-        stopped_before, self._stopped = self._stopped, self.stations.jobs.engine_stopped() is not None
-        if self._stopped:
+        if self.stations.jobs.engine_stopped() is not None:
             return 0
-        thorough = thorough or stopped_before
         now, waits = self.stations.clock(), self.stations.waits
+        thorough = thorough or self.stations.jobs.resumed_since(self._swept)
+        self._swept = now
         patience = waits.silence + waits.sweep / 3 + (waits.count if self.stations.query_node else 0.0)
         settled = now if thorough else now - timedelta(seconds=patience)
         unread = self.stations.results.unread(
@@ -145,6 +146,7 @@ class Worker:
     def _sweep_deliveries(self) -> int:
         overdue = self.stations.clock() - timedelta(seconds=self.stations.waits.sweep / 3)
         due = self.stations.deliveries.under_way(due_before=overdue)
+        self.desk.hasten(due)  # one that still waits for its hour was to go before it, and nobody said so
         return sum(self.desk.deliver(delivery) == "asked" for delivery in due)
 
     def _follow(self) -> None:

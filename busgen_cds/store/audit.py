@@ -128,7 +128,8 @@ class Wanted:
     def conditions(self) -> list[sa.ColumnElement[bool]]:
         said: list[sa.ColumnElement[bool]] = [_acts.c.number > self.after]
         if self.who:
-            typed = _acts.c.who.startswith(f"{self.who} (", autoescape=True)  # with the account it was typed from
+            typed = _acts.c.who.startswith(f"{self.who} (", autoescape=True)  # and from which account
+            typed |= _acts.c.who.contains(f" ({self.who}, ", autoescape=True)
             said.append((_acts.c.who == self.who) | typed)
         if self.kind:
             said.append(_acts.c.kind.startswith(self.kind, autoescape=True))

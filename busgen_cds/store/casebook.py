@@ -167,7 +167,7 @@ class Casebook:
 
     # -- cases -------------------------------------------------------------------------------------------------------
 
-    def keep(self, one: Case, *, study_ref: str, revision: int, finding: int, who: str, grounds: str = "") -> bool:
+    def keep(self, one: Case, *, study_ref: str, revision: int, finding: int, who: str, grounds: str) -> bool:
         """Keep or replace a finding's case; False: it is kept already, as it is."""
         pixels = _to_bytes(one)
         said, part = one.said_by or BundleName("", "", ""), self.part_of(one.patient_hash)
@@ -207,7 +207,7 @@ class Casebook:
                 audit.record(session, audit.Act("case dropped", who, reason, study_ref, {"case": gone}))
         return gone is not None
 
-    def findings(self, study_ref: str) -> dict[int, str]:
+    def grounds(self, study_ref: str) -> dict[int, str]:
         """Those of a study that have a case, and the digest of what it was made of."""
         query = sa.select(_cases.c.finding, _cases.c.grounds).where(_cases.c.study_ref == study_ref)
         with self._database.reading() as session:

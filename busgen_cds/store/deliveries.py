@@ -207,7 +207,7 @@ class Deliveries:
         if transaction_uid is not None:
             values["transaction_uid"] = transaction_uid
         as_seen = (_deliveries.c.ref == delivery.ref) & (_deliveries.c.tries == delivery.tries)
-        as_seen &= _deliveries.c.state.not_in(("withdrawn",))
+        as_seen &= (_deliveries.c.state == delivery.state) & (_deliveries.c.state != "withdrawn")
         with self._database.transaction() as session:
             moved = _changed(session, sa.update(_deliveries).where(as_seen).values(values))
             if moved and transaction_uid:

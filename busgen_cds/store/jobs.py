@@ -171,6 +171,11 @@ class Jobs:
         with self._database.reading() as session:
             return session.execute(sa.select(_stops.c.reason).where(_stops.c.resumed_at.is_(None))).scalar()
 
+    def resumed_since(self, moment: datetime) -> bool:
+        """Was it put to use again after having been stopped?"""
+        with self._database.reading() as session:
+            return session.execute(sa.select(_stops.c.at).where(_stops.c.resumed_at >= moment)).first() is not None
+
     def resume_engine(self, *, who: str) -> bool:
         with self._database.transaction() as session:
             resumed = _changed(

@@ -117,5 +117,5 @@ class Bench:
             log.exception("Failure %s while images were made", number)
             run.problem = f"Something failed here; tell your administrator number {number}."
         finally:
-            run.over = True
             self._busy.release()
+            run.over = True

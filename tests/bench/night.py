@@ -83,7 +83,7 @@ def confirm(book: Any, root: Path, source: str, lesions_only: bool) -> dict[str,
         mask = np.asarray(Image.open(root / row.mask).convert("L")) > 0 if row.mask else None
         truth: Any = row.pathology
         one = Case(patient, tissue, mask, truth, None, "pathology", "agree", "2026-01-01", None, "")
-        book.keep(one, study_ref=f"{sum(counts.values()):032x}", revision=1, finding=1, who="bench")
+        book.keep(one, study_ref=f"{sum(counts.values()):032x}", revision=1, finding=1, who="bench", grounds="")
         counts[part] += 1
     return counts
 

@@ -76,7 +76,7 @@ def test_what_a_night_would_lack_is_said_before_it(tmp_path: Path) -> None:
             tissue = np.full((8, 8), number, np.uint8)
             truth: Pathology = ("benign", "malignant")[number % 2]
             one = Case(f"{number:016x}", tissue, tissue > 9, truth, None, "reader", "agree", "2026-03-01", None)
-            book.keep(one, study_ref=f"{number:032x}", revision=1, finding=1, who="ruth")
+            book.keep(one, study_ref=f"{number:032x}", revision=1, finding=1, who="ruth", grounds="")
         teach, test = (len(book.listing(part)) for part in ("teach", "test"))
     said = " ".join(RUN.invoke(cases_app, ["list", "-c", str(config)]).stdout.split())
     assert f"{teach} new cases teach; a night begins from 64 on" in said

@@ -66,7 +66,7 @@ class Ward:
             tissue = rng.integers(0, 200, (40, 50), np.uint8)
             truth: Any = ("benign", "malignant")[i % 2]
             one = Case(f"{i:016x}", tissue, tissue > 190, truth, "3", "reader", "agree", "2026-03-01", None)
-            self.book.keep(one, study_ref=f"{i:032x}", revision=1, finding=1, who="ruth")
+            self.book.keep(one, study_ref=f"{i:032x}", revision=1, finding=1, who="ruth", grounds="")
 
     def stations(self, recipes: Recipes, least_new: int = 8, least_new_asked: int = 8, asked: str = "") -> Stations:
         results = Results(self.database, self.vault)

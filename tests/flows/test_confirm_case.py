@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections.abc import Iterator
 from pathlib import Path
@@ -68,6 +69,16 @@ def test_an_agreed_finding_becomes_a_sealed_case_once(site: Site) -> None:
     assert case.said_by is not None and case.said_by.version == "1.2"
     stored = (site.folder / "site.sqlite").read_bytes() + (site.folder / "site.sqlite-wal").read_bytes()
     assert case.tissue.tobytes()[5000:5400] not in stored
+
+
+def test_the_same_words_make_the_same_case(site: Site) -> None:
+    """Where this study comes to make another case, `SHAPE` must be one more: what stands is then made anew."""
+    site.says(site.study(1, Says("5")), "agree")
+    confirm_case.gather(site.stations)
+    case = site.book.open(site.book.listing()[0].ref)
+    assert case.mask is not None
+    digest = hashlib.sha256(case.tissue.tobytes() + case.mask.tobytes()).hexdigest()
+    assert (confirm_case.SHAPE, digest[:16]) == (1, "36332f4afd79dd66")
 
 
 def test_a_second_look_opens_no_image(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import pydicom
@@ -43,6 +44,31 @@ def test_when_the_pacs_answers_all_that_waits_goes(tmp_path: Path) -> None:
         it.settles()
         assert len(it.reports(study)) == 1
         assert len([each for each in it.pacs.datasets() if each.Modality == "SR"]) == 4
+
+
+def test_the_word_that_a_pacs_answers_is_lost(tmp_path: Path) -> None:
+    """What was to go at once, as its destination answers again, goes with the next sweep though nobody was told."""
+    with hospital.opened(tmp_path, waits=hospital.quicker(first_retry=300, longest_retry=300)) as it:
+        it.pacs.goes_down()
+        study = it.scanner.sends(a_lesion(1))
+        (delivery,) = it.waits_until(lambda: [each for each in it.site.results.deliveries.under_way() if each.tries])
+        it.waits_until(lambda: it.statuses().get(f"deliver-{delivery.ref}-1") == "DELAYED")
+        it.pacs.comes_up()
+        it.site.results.deliveries.hasten(delivery.destination)  # and the process dies
+        it.settles()
+        assert len(it.reports(study)) == 1
+
+
+def test_done_while_a_sweep_looked(tmp_path: Path) -> None:
+    """A delivery that is done just after a sweep listed it as waiting stays done, whatever became of its study."""
+    with hospital.opened(tmp_path, waits=hospital.quicker(sweep=600)) as it:
+        study = it.scanner.sends(a_lesion(1))
+        it.settles()
+        (done,) = it.site.results.deliveries.of(it.result(study).entry.ref)
+        it.waits_until(lambda: it.statuses().get(f"deliver-{done.ref}-{done.tries}") == "SUCCESS")
+        it.site.inbox.hold(it.ref(study), "Somebody looks into it.")
+        assert it.desk.deliver(replace(done, state="waiting")) == "overtaken"
+        assert it.site.results.deliveries.get(done.ref) == done and it.acts("delivery parked") == 0
 
 
 def test_one_destination_waits_for_no_other(tmp_path: Path) -> None:
@@ -167,11 +193,12 @@ def test_not_committed_again_and_again(tmp_path: Path) -> None:
 def test_what_the_pacs_lost_is_sent_again(tmp_path: Path) -> None:
     """An object that the PACS stored and does not commit to is sent again, the same bytes."""
     with hospital.opened(tmp_path, prepare=_commits) as it:
-        it.reader.seconds = 0.3
+        it.pacs.full = True
         study = it.scanner.sends(a_lesion(1))
         it.waits_until(lambda: it.site.results.current(it.ref(study)))
         uid = it.result(study).objects[0].sop_instance_uid
         it.pacs.lost.add(uid)
+        it.pacs.full = False
         it.waits_until(lambda: len(it.pacs.objects[uid]) > 1)
         it.pacs.lost.clear()
         it.settles()

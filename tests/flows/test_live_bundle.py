@@ -70,13 +70,19 @@ def test_promote_and_roll_back_under_load(opened: tuple[Hospital, Ward]) -> None
     """Promote and roll back under load of 20 studies: none is lost, and each result names the bundle that made it."""
     it, ward = opened
     files = [a_lesion(1, seed=number) for number in range(STUDIES)]
-    sending = threading.Thread(target=lambda: [it.scanner.sends(each) for each in files])
-    sending.start()
-    it.waits_until(lambda: len(it.reader.reads) >= 5)
+    waves = [threading.Thread(target=lambda part=part: [it.scanner.sends(each) for each in part]) for part in
+             (files[:7], files[7:14], files[14:])]  # fmt: skip
+    waves[0].start()
+    it.waits_until(lambda: len(it.reader.reads) >= 3)
     ward.as_another_process().promote(ward.candidate, person="phil", signer=PROMOTER)
-    it.waits_until(lambda: len(began_with(it, ward.candidate)) >= 5)
+    it.waits_until(lambda: it.reader.live.engine.bundle.digest == ward.candidate)
+    waves[1].start()
+    it.waits_until(lambda: len(began_with(it, ward.candidate)) >= 3)
     ward.as_another_process().roll_back(person="ada", signer=PROMOTER)
-    sending.join()
+    it.waits_until(lambda: it.reader.live.engine.bundle.digest == ward.shipped)
+    waves[2].start()
+    for wave in waves:
+        wave.join()
     it.settles()
 
     studies = [hospital.study_uid(each) for each in files]

@@ -70,7 +70,7 @@ class Poisoned(Ward):
                 kind = "malignant" if kind == "benign" else "benign"
             who = one if teaches and wrong.get("one_patient") else patient
             case = Case(who, image, mask, kind, "4A", "reader", "agree", "2026-03-01", None)  # type: ignore[arg-type]
-            self.book.keep(case, study_ref=f"{i:032x}", revision=1, finding=1, who="ruth")
+            self.book.keep(case, study_ref=f"{i:032x}", revision=1, finding=1, who="ruth", grounds="")
 
     def judged(self, release: Path, **thresholds: float) -> tuple[str, str, tuple[str, ...]]:
         """A night whose candidate ranks as the live reader does: what became of it, and why."""

@@ -57,12 +57,14 @@ def test_an_upgrade_makes_no_other_content(tmp_path: Path, monkeypatch: pytest.M
 
 def test_what_is_received_reading_and_delivering(tmp_path: Path) -> None:
     """The queue follows a study: receiving, reading, delivering, and then nothing."""
-    with hospital.opened(tmp_path, waits=hospital.quicker(silence=1.0, after_close=1.0)) as it:
+    with hospital.opened(tmp_path, waits=hospital.quicker(silence=3.0, after_close=3.0)) as it:
         it.pacs.goes_down()
-        it.reader.seconds = 1.0
+        it.reader.gate.clear()
         it.scanner.sends(a_lesion(1))
         for state in ("receiving", "reading", "delivering"):
             it.waits_until(lambda: [one.state for one in waiting(it)] == [state], otherwise=f"never {state}")  # noqa: B023
+            if state == "reading":
+                it.reader.gate.set()
         it.pacs.comes_up()
         it.settles()
         assert waiting(it) == []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,8 @@ import pytest
 from busgen_cds.errors import Misconfigured, Transient, Untrusted
 from busgen_cds.flows import queue
 from busgen_cds.flows.services import Destination
-from busgen_cds.study import Patient
+from busgen_cds.result import Result
+from busgen_cds.study import Patient, Study
 from tests import hospital
 from tests.hospital import Hospital, a_lesion
 
@@ -153,6 +156,53 @@ def test_two_patients_released(tmp_path: Path) -> None:
         assert it.result(study).entry.images_read == 2 and it.result(study).patient_id == "P2"
 
 
+@pytest.mark.parametrize("engine", ["stopped", "forgetful"])
+def test_released_and_nobody_is_told(tmp_path: Path, engine: str) -> None:
+    """A person's word adds no image; a hint that is lost, or comes while the engine is stopped, loses no reading."""
+    mine, theirs = a_lesion(2, patient_id="P1")
+    with hospital.opened(tmp_path, prepare=_takes_rejection_notes) as it:
+        study = it.scanner.sends([mine])
+        it.settles()
+        it.scanner.sends([hospital.relabelled(theirs, PatientID="P2")])
+        it.waits_until(lambda: it.pacs.of(study, modality="KO"))
+        it.settles()
+        if engine == "stopped":
+            it.site.jobs.stop_engine("The bundle's signature does not hold.")
+        else:
+            arrived, it.desk.arrived = it.desk.arrived, lambda *_: None
+        it.desk.release(it.site.inbox, it.ref(study), who="operator", patient=Patient(id="P2"))
+        if engine == "stopped":
+            it.waits_until(lambda: it.idle())
+            it.desk.resume(who="operator")
+        else:
+            it.desk.arrived = arrived
+        it.settles()
+        assert it.result(study).entry.revision == 3 and it.result(study).patient_id == "P2"
+
+
+def test_another_patients_image_as_it_is_read(tmp_path: Path) -> None:
+    """Rule 8: an image of a second patient that comes as a reading begins is not counted as read: it is recalled."""
+    mine, late, more = a_lesion(3, patient_id="P1")
+    with hospital.opened(tmp_path, prepare=_takes_rejection_notes) as it:
+        study = it.scanner.sends([mine])
+        it.settles()
+        held, came = it.site.inbox.held, []
+
+        def held_as_another_comes(study_ref: str) -> str | None:
+            word = held(study_ref)
+            if not came and sys._getframe(1).f_code.co_name == "_gather_and_keep":
+                came.append(hospital.keep(it.site, [hospital.relabelled(more, PatientID="P2")]))
+                it.desk.arrived(study_ref)
+            return word
+
+        it.site.inbox.held = held_as_another_comes  # type: ignore[method-assign]
+        it.scanner.sends([late])
+        it.waits_until(lambda: came)
+        it.waits_until(lambda: it.pacs.of(study, modality="KO"))
+        it.settles()
+        assert it.acts("results recalled") == 1
+
+
 def test_two_issuers_of_one_id(tmp_path: Path) -> None:
     """Rule 8: the same id from two issuers is two patients: the study is held; nothing is said of it."""
     first, second = a_lesion(2, patient_id="P1")
@@ -252,7 +302,7 @@ def test_a_second_patient_where_no_rejection_is_taken(tmp_path: Path) -> None:
 
 def test_complete_by_the_count_of_the_pacs(tmp_path: Path) -> None:
     """Where the PACS can be asked, a study waits for the images that it counts and we lack: one reading, not two."""
-    with hospital.opened(tmp_path, prepare=_asks_the_pacs) as it:
+    with hospital.opened(tmp_path, prepare=_asks_the_pacs, waits=hospital.quicker(count=60)) as it:
         lesion = a_lesion(3)
         it.pacs.counts[hospital.study_uid(lesion)] = 3
         study = it.scanner.sends(lesion[:2])
@@ -295,6 +345,30 @@ def test_what_fails_for_a_while_is_tried_again(tmp_path: Path) -> None:
         assert len(it.reports(study)) == 1
 
 
+def test_a_worker_that_ends_leaves_nothing_behind(tmp_path: Path) -> None:
+    """A worker that is told to end and is killed before its reading is over is missed: one of another name goes on."""
+    with hospital.opened(tmp_path) as it:
+        reads, begun, killed = it.reader, threading.Event(), threading.Event()
+
+        def reads_until_killed(study: Study, revision: int) -> Result:
+            if not begun.is_set():
+                begun.set()
+                killed.wait(60)
+                raise SystemExit
+            return reads(study, revision)  # type: ignore[no-any-return]
+
+        it.worker.stop()
+        it.reader = reads_until_killed
+        it.worker_starts("container-1")
+        study = it.scanner.sends(a_lesion(1))
+        it.waits_until(begun.is_set)
+        it.worker.stop()
+        killed.set()
+        it.worker_starts("container-2")
+        it.settles()
+        assert reads.reads == [study] and it.acts("worker taken over") == 1
+
+
 def test_a_late_image_while_the_first_attempt_fails(tmp_path: Path) -> None:
     """A failure of reading older evidence neither parks nor overwrites the job of newer evidence."""
     with hospital.opened(tmp_path) as it:
@@ -303,6 +377,7 @@ def test_a_late_image_while_the_first_attempt_fails(tmp_path: Path) -> None:
         study = it.scanner.sends(lesion[:1])
         it.waits_until(lambda: it.reader.reads)
         it.scanner.sends(lesion[1:])
+        it.waits_until(lambda: len(it.reader.reads) == 2)
         it.settles()
         assert it.parked(study) == ""
         assert it.result(study).entry.images_read == 2

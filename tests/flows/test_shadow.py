@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -44,6 +44,7 @@ class Along:
 class Scene:
     def __init__(self, it: Hospital, folder: Path) -> None:
         self.it, self.ward, self.opened = it, Ward(it, folder), 0
+        self.before_opening: Callable[[], object] = lambda: None
         self.ward.shelf.end_shadow(self.ward.candidate, person="phil")
         stricter = a_candidate("stricter", calibration=STRICTER)
         self.digest = self.ward.shelf.put(stricter, report=REPORT, signer=NIGHT).digest
@@ -52,6 +53,7 @@ class Scene:
         self.companion = it.companion = Companion(self.ward.shelf, self.shadow, self.opens, lambda: None)
 
     def opens(self, digest: str) -> Reader:
+        self.before_opening()
         self.opened += 1
         return Along(self.ward, digest)
 
@@ -89,7 +91,7 @@ def test_it_reads_along(scene: Scene) -> None:
 def test_it_waits_its_turn(tmp_path: Path) -> None:
     """While a study waits for the live engine, nothing is read in shadow; afterwards it is."""
     made: list[Scene] = []
-    never = dataclasses.replace(WAITS, shadow=3600)
+    never = dataclasses.replace(WAITS, shadow=3600, sweep=3600)
     with hospital.opened(tmp_path / "site", waits=never, prepare=lambda it: made.append(Scene(it, tmp_path))) as it:
         it.scanner.sends(a_lesion(1))
         it.settles(200)
@@ -107,8 +109,8 @@ def test_what_cannot_be_opened(scene: Scene) -> None:
     shelf.end_shadow(scene.digest, person="phil")
     it.waits_until(lambda: scene.companion._digest == "", 200)
     network, scene.opened = shelf.folder / scene.digest / "reader.onnx", 0
+    scene.before_opening = lambda: network.write_bytes(b"another")
     shelf.to_shadow(scene.digest, person="phil")
-    network.write_bytes(b"another")
     study = it.scanner.sends(a_lesion(1))
     it.settles(200)
     it.waits_until(lambda: scene.opened, 200)

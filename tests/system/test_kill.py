@@ -166,7 +166,7 @@ def test_a_living_worker_takes_over_from_a_dead_one(tmp_path: Path) -> None:
     """A worker that never comes back: a living one takes over what it had begun, and each study has one result."""
     pacs = Pacs().comes_up()
     site = Site(tmp_path / "site")
-    first = Process(["work", str(site.folder), "first", str(pacs.port), "3"], tmp_path / "first.log").start()
+    first = Process(["work", str(site.folder), "first", str(pacs.port), "30"], tmp_path / "first.log").start()
     first.is_ready()
     second = None
     try:

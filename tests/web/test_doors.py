@@ -218,9 +218,9 @@ def test_calls_are_limited(whole: tuple[Practice, str]) -> None:
     client = TestClient(app, base_url="https://site.example")
     app.state.front.calls = Limit(per_minute=60)
     for headers, good in (({"Authorization": f"Bearer {secret}"}, 200), ({}, 401)):
-        answers = [client.get("/api/v1/me", headers=headers) for _ in range(70)]
+        answers = [client.get("/api/v1/me", headers=headers) for _ in range(140)]
         assert {each.status_code for each in answers} == {good, 429}
-        assert answers[-1].headers["retry-after"] == "5"
+        assert {each.headers["retry-after"] for each in answers if each.status_code == 429} == {"5"}
     time.sleep(1.2)
     assert client.get("/api/v1/me", headers={"Authorization": f"Bearer {secret}"}).status_code == 200
     assert CALLS_PER_MINUTE <= 6000

@@ -217,7 +217,6 @@ def _wait(run: bench.Run) -> None:
     until = time.monotonic() + 30
     while not run.over and time.monotonic() < until:
         time.sleep(0.02)
-    time.sleep(0.05)  # until the bench is free again
     assert run.over
 
 

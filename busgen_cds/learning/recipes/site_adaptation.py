@@ -358,7 +358,7 @@ def _bars(found: Sequence[Compared], settings: Settings) -> list[str]:
         if f.cases == most and f.home:
             met, kept = f.gain.value >= BAR, f.home.value >= -DROP
             lines.append(_bar(f"gain ≥ {BAR:+.2f} with {most} cases", f, settings, f.gain.signed, met))
-            lines.append(_bar(f"BUS-BRA drops by ≤ {DROP:.2f}", f, settings, f"{f.home.value:+.3f}", kept))
+            lines.append(_bar(f"BUS-BRA drops by ≤ {DROP:.2f}", f, settings, f"{f.home.value:+z.3f}", kept))
         if f.cases == fewest:
             held = f.gain.low > LOWEST
             lines.append(
