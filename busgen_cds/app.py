@@ -132,7 +132,7 @@ def night_signer(chosen: Settings) -> signing.KeySigner:
     return site_keys.night(chosen.path(chosen.models.night_key))
 
 
-def promote(site: Site, digest: str, *, person: str, passphrase: str) -> Standing:
+def promote(site: Site, digest: str, *, person: str, passphrase: str, heard: int | None = None) -> Standing:
     """Make a bundle of the shelf live, if it read along in shadow, an engine opens it here, and the passphrase opens
     the promoter's key."""
     signer = site_keys.promoter(site.settings.path(site.settings.models.promoter_key), passphrase)
@@ -143,13 +143,13 @@ def promote(site: Site, digest: str, *, person: str, passphrase: str) -> Standin
             "site's studies: let it read along first. `busgen-cds bundle shadow` shows what it has read."
         )
     engine.open(site.shelf.open(entry.digest), site.settings.reader.device).close()
-    return site.shelf.promote(entry.digest, person=person, signer=signer)
+    return site.shelf.promote(entry.digest, person=person, signer=signer, heard=heard)
 
 
-def roll_back(site: Site, *, person: str, passphrase: str) -> Standing:
+def roll_back(site: Site, *, person: str, passphrase: str, heard: int | None = None) -> Standing:
     """Make live again what was live before."""
     signer = site_keys.promoter(site.settings.path(site.settings.models.promoter_key), passphrase)
-    return site.shelf.roll_back(person=person, signer=signer)
+    return site.shelf.roll_back(person=person, signer=signer, heard=heard)
 
 
 @contextmanager

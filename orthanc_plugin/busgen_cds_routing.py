@@ -298,15 +298,19 @@ class Router:
             if kind == "stop":
                 return
             try:
-                getattr(self, kind)(resource)
+                self.attend(kind, resource)
             except (OSError, http.client.HTTPException) as broken:
                 orthanc.LogWarning(f"BUSGen-CDS: Orthanc's own REST API does not answer, trying again: {broken}")
                 time.sleep(1)
                 self.news.put((kind, resource))
-            except Refused as refused:
-                self.refused(kind, resource, refused)
             except Exception:  # noqa: BLE001 – the thread must outlive a defect, and its trace is what to report
                 orthanc.LogError("BUSGen-CDS: this is a defect:\n" + traceback.format_exc())
+
+    def attend(self, kind: str, resource: str) -> None:
+        try:
+            getattr(self, kind)(resource)
+        except Refused as refused:
+            self.refused(kind, resource, refused)
 
     def next(self) -> tuple[str, str]:
         """What Orthanc reported; when there is nothing and the time has come, another try for all that wait."""
@@ -323,8 +327,8 @@ class Router:
         if self.settings.problem:
             orthanc.LogError(f"BUSGen-CDS: nothing is routed, correct the configuration: {self.settings.problem}")
             return
+        self.sweep()  # first: it is remembered whatever becomes of the rest
         self.in_flight()
-        self.sweep()
 
     def sweep(self) -> None:
         """Every recent study is looked at once more, at the next try."""
@@ -354,7 +358,11 @@ class Router:
             if not finished:
                 return {instance for job in listed if job["State"] in UNFINISHED for instance in instances_of(job)}
             for job in finished:
-                self.settle(job)
+                try:
+                    self.settle(job)
+                except Refused as refused:  # it holds up no other; its studies are found again by a sweep
+                    orthanc.LogError(f"BUSGen-CDS: job {job['ID']}: {refused}")
+                    self.sweep()
                 self.settled.add(job["ID"])
 
     def settle(self, job: dict[str, Any]) -> None:
@@ -391,17 +399,18 @@ class Router:
     def failed(self, job: dict[str, Any]) -> None:
         """What it did not bring there: another Orthanc, before its restart, may have seen to some of it already."""
         reason = job.get("ErrorDetails") or job["ErrorDescription"]
-        instances = [instance for instance in instances_of(job) if not self.is_marked(instance)]
+        there = filter(self.study_of, instances_of(job))  # one that was deleted meanwhile would end each job after this
+        instances = [instance for instance in there if not self.is_marked(instance)]
         if len(instances_of(job)) > 1 and not SAME_FOR_ALL.search(reason):
             for instance in instances:  # so that the one that is refused holds up no other
                 self.send([instance])
             return
         if FOR_GOOD.search(reason):
-            for instance in filter(self.study_of, instances):
+            for instance in instances:
                 self.api.put(f"/instances/{instance}/metadata/{REFUSED}", reason)
                 orthanc.LogWarning(f"BUSGen-CDS: instance {instance} is not sent again until asked for: {reason}")
             return
-        for study in {self.study_of(instance) for instance in instances} - {""}:
+        for study in {self.study_of(instance) for instance in instances} - {""}:  # "": deleted just now
             self.keep_waiting(study, reason)
 
     def is_marked(self, instance: str) -> bool:
@@ -410,7 +419,13 @@ class Router:
     def keep_waiting(self, study: str, reason: str) -> None:
         before = noted(self.api, study)
         since = before["since"] if before else datetime.now(UTC).isoformat(timespec="seconds")
-        self.api.put(f"/studies/{study}/metadata/{PROBLEM}", json.dumps({"reason": reason, "since": since}))
+        try:
+            self.api.put(f"/studies/{study}/metadata/{PROBLEM}", json.dumps({"reason": reason, "since": since}))
+        except Refused as refused:
+            if refused.status != 404:
+                raise
+            self.waiting.discard(study)  # deleted meanwhile
+            return
         orthanc.LogWarning(
             f"BUSGen-CDS: study {study} waits, retried every {self.settings.retry_seconds:g} s: {reason}"
         )

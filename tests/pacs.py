@@ -41,6 +41,7 @@ class Pacs:
         self.classes: dict[str, str] = {}  # SOP Instance UID → SOP class UID
         self.refuses: set[str] = set()  # SOP class UIDs
         self.full = False
+        self.seconds = 0.0  # that it takes to store an object
         self.says: dict[str, int] = {}  # SOP class UID → the status it answers with, without keeping the object
         self.knows: list[str] = []  # calling AE titles; empty: everybody
         self.patients: dict[str, str] = {}  # Study Instance UID → patient id
@@ -106,6 +107,7 @@ class Pacs:
     # -- inside
 
     def _store(self, event: evt.Event) -> int:
+        time.sleep(self.seconds)
         if self.full:
             return 0xA700
         if event.request.AffectedSOPClassUID in self.refuses:

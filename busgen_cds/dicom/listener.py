@@ -295,7 +295,11 @@ class _Bell:
             with contextlib.suppress(queue.Empty):
                 while True:
                     pending.append(self._queue.get_nowait())
-            for kind, what in dict.fromkeys(pending):
+            told = set()
+            for kind, what in pending:
+                if (kind, what) in told and kind != "noted":
+                    continue  # one hint is as good as two; each act is one
+                told.add((kind, what))
                 if kind == "stop":
                     going = False
                 else:

@@ -116,8 +116,10 @@ def _models(site: Site) -> web.Models:
         shelf=shelf,
         shadow=site.shadow,
         drift=site.drift,
-        promote=lambda digest, who, passphrase: app.promote(site, digest, person=who, passphrase=passphrase),
-        roll_back=lambda who, passphrase: app.roll_back(site, person=who, passphrase=passphrase),
+        promote=lambda digest, who, passphrase, heard: app.promote(
+            site, digest, person=who, passphrase=passphrase, heard=heard
+        ),
+        roll_back=lambda who, passphrase, heard: app.roll_back(site, person=who, passphrase=passphrase, heard=heard),
         begin_shadow=lambda digest, who: shelf.to_shadow(digest, person=who),
         end_shadow=lambda digest, who: shelf.end_shadow(digest, person=who),
         withdraw=lambda digest, who, why: shelf.withdraw(digest, person=who, reason=why),

@@ -31,7 +31,7 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Mapped, mapped_column
 
 from busgen_cds.arrival import Arrival, Kept, NoRoom, Outcome, Peek
-from busgen_cds.errors import Misconfigured, Shredded
+from busgen_cds.errors import Misconfigured, Shredded, Transient
 from busgen_cds.store import audit, clerk, vault
 from busgen_cds.store.clerk import Entry
 from busgen_cds.store.database import Base, Blind, Database, Sealed, UtcTime, WrappedKey, table_of
@@ -136,7 +136,7 @@ _HOLD_STUDY = (
     .where(_studies.c.ref == sa.bindparam("study"))
     .values(two_patients=True, held=sa.bindparam("held_now"))
 )
-_FIND_INSTANCES = sa.select(_instances.c.ref, _instances.c.study_ref, _instances.c.sha256).where(
+_FIND_INSTANCES = sa.select(_instances.c.ref, _instances.c.study_ref, _instances.c.sha256, _instances.c.conflict).where(
     _instances.c.sop_uid_blind == sa.bindparam("blind")
 )
 _INSERT_INSTANCE = sa.insert(_instances)
@@ -200,6 +200,7 @@ class _Known(NamedTuple):
     ref: str
     study_ref: str
     sha256: str
+    conflict: bool
 
 
 @dataclass(eq=False)
@@ -233,6 +234,7 @@ class Inbox:
         for path in (self._incoming, self._kept, self._quarantine):
             path.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._lock_path = folder / "commit.lock"
+        self._on_disk: set[Path] = set()  # folders that this process has seen through to the disk
         self._waiting: list[_Waiting] = []
         self._line = clerk.Line(folder)
         self._leading, self._joining = threading.Lock(), threading.Lock()
@@ -428,20 +430,30 @@ class Inbox:
     # -- letting go ------------------------------------------------------------------------------------------------
 
     def shred(
-        self, study_ref: str, who: str, *, also: Callable[[sa.Connection], object] | None = None, scrub: bool = True
-    ) -> None:
+        self,
+        study_ref: str,
+        who: str,
+        *,
+        also: Callable[[sa.Connection], object] | None = None,
+        scrub: bool = True,
+        if_still: sa.ColumnElement[bool] | None = None,
+    ) -> bool:
         """Destroy the study's key, and with it every copy of its files; its names leave the database with it.
 
         What remains is the opaque reference, so that the record of acts still speaks of something. What others keep of
-        the study they let go in `also`, in the same transaction. Who shreds many scrubs once, at the end.
+        the study they let go in `also`, in the same transaction. Who shreds many scrubs once, at the end. False: a
+        study that was chosen for a reason (`if_still`) has it no longer, since an image or a word came for it.
         """
         gone = {"key": None, "held": None, "uid": b"", "patient": b"", "patient_blind": "", "uid_blind": study_ref}
         gone |= {"issuer": None, "stated": None}
         with self._one_at_a_time(), self._database.connection() as connection:
+            this = _studies.c.ref == study_ref
+            if if_still is not None and not connection.execute(sa.select(_studies.c.ref).where(this, if_still)).first():
+                return False
             mine = _instances.c.study_ref == study_ref
             entries = connection.execute(sa.select(_instances.c.ref, _instances.c.received_at).where(mine)).all()
             connection.execute(sa.delete(_instances).where(mine))
-            connection.execute(sa.update(_studies).where(_studies.c.ref == study_ref).values(**gone))
+            connection.execute(sa.update(_studies).where(this).values(**gone))
             detail = {"instances": [entry.ref for entry in entries]}
             if also is not None:
                 also(connection)
@@ -450,6 +462,7 @@ class Inbox:
             self._path(entry.ref, entry.received_at).unlink(missing_ok=True)
         if scrub:
             self._database.scrub()
+        return True
 
     def discard_quarantined(self, ref: str, who: str) -> None:
         """An object that was set aside is let go: its key with its row, then its file."""
@@ -483,10 +496,15 @@ class Inbox:
             kept |= set(session.execute(sa.select(_quarantine.c.ref)).scalars())
         files = [path for folder in (self._incoming, self._kept, self._quarantine) for path in folder.rglob("*")]
         stale = [path for path in files if path.name not in kept and path.is_file() and _nobody_writes(path)]
-        stale = [path for path in stale if not self._has_row(path.name)]  # a row made since we looked
-        for path in stale:
+        return sum(self._removed(path) for path in stale)
+
+    def _removed(self, path: Path) -> bool:
+        """No row was made since, and none is made while it goes."""
+        with self._one_at_a_time():
+            if self._has_row(path.name):
+                return False
             path.unlink(missing_ok=True)
-        return len(stale)
+        return True
 
     def _has_row(self, ref: str) -> bool:
         with self._database.reading() as session:
@@ -538,8 +556,8 @@ class Inbox:
         source.rename(target)
         _sync_folder(target.parent)
         kept = self._commit_alone(entry) or self._line.ask(entry) or self._commit_together(entry)
-        if kept.outcome == "same":
-            target.unlink()
+        if kept.instance_ref != entry.ref:
+            target.unlink()  # these bytes were kept, or set aside, before
         return kept
 
     def _commit_alone(self, entry: Entry) -> Kept | None:
@@ -577,15 +595,20 @@ class Inbox:
             return self._write_rows(entries)
 
     def _write_rows(self, entries: Sequence[Entry]) -> list[Kept]:
+        if not all(self._path(entry.ref, entry.at).exists() for entry in entries):
+            raise Transient("Who received it had died, and its file was swept away: it is to be sent again.")
         with self._database.connection() as connection:
             answers = self._enter(connection, entries)
             audit.record(connection, *map(_received, entries, answers), at=entries[0].at)
         return answers
 
     def _make_folder(self, folder: Path) -> None:
-        if not folder.exists():
+        if (
+            folder not in self._on_disk or not folder.exists()
+        ):  # another may have made it, and not yet seen it through to the disk
             folder.mkdir(mode=0o700, exist_ok=True)
             _sync_folder(folder.parent)
+            self._on_disk.add(folder)
 
     @contextmanager
     def _one_at_a_time(self, *, wait: bool = True) -> Iterator[bool]:
@@ -613,13 +636,13 @@ class Inbox:
             twin = next((one for one in same_uid if one.sha256 == entry.sha256), None)
             if twin is not None:
                 # our own row is there when the clerk was lost between its commit and its answer
-                again: Outcome = "new" if twin.ref == entry.ref else "same"
+                again: Outcome = "conflict" if twin.conflict else "new" if twin.ref == entry.ref else "same"
                 answers.append(Kept(again, twin.study_ref, twin.ref, study.held))
                 continue
             study = studies[entry.header.study_instance_uid] = self._whose(connection, entry, study)
             outcome: Outcome = "conflict" if same_uid else "new"
             rows.append(self._row(entry, study, outcome))
-            same_uid.append(_Known(entry.ref, study.ref, entry.sha256))
+            same_uid.append(_Known(entry.ref, study.ref, entry.sha256, outcome == "conflict"))
             answers.append(Kept(outcome, study.ref, entry.ref, study.held))
         if rows:
             connection.execute(_INSERT_INSTANCE, rows)

@@ -244,7 +244,7 @@ class People:
 
     def knows_password(self, name: str, password: str, address: str = "") -> bool:
         """Asked again of who is logged in, before the account itself changes: a session may be a stolen one."""
-        right = self._is_right(name, password)
+        right = self._right_for(name, password)
         with self._database.transaction() as session:
             now = self._clock()
             row = session.execute(_LOCKED.where(_accounts.c.name == name)).first()
@@ -297,7 +297,7 @@ class People:
     def log_in(self, name: str, password: str, code: str = "", address: str = "") -> str | None:
         """A new session's secret, or nothing: why is told to nobody but the record."""
         name = name.strip().lower()[:64]
-        right = self._is_right(name, password)
+        right = self._right_for(name, password)
         with self._database.transaction() as session:
             now = self._clock()
             row = session.execute(_LOCKED.where(_accounts.c.name == name)).first()
@@ -455,24 +455,25 @@ class People:
         with self._hashing:
             return self._hasher.hash(password)
 
-    def _is_right(self, name: str, password: str) -> bool:
-        """An unknown account takes as long as a known one."""
+    def _right_for(self, name: str, password: str) -> str:
+        """The kept hash that it is right for; empty: none. An unknown account takes as long as a known one."""
         with self._database.reading() as session:
             hashed = session.execute(sa.select(_accounts.c.password).where(_accounts.c.name == name)).scalar()
         try:
             with self._hashing:
-                return self._hasher.verify(hashed or self._nobody, password[:MOST_PASSWORD]) and bool(hashed)
+                self._hasher.verify(hashed or self._nobody, password[:MOST_PASSWORD])
+            return hashed or ""
         except (VerificationError, InvalidHashError):
-            return False
+            return ""
 
-    def _refusal(self, row: Any, right: bool, now: datetime) -> str:
+    def _refusal(self, row: Any, right: str, now: datetime) -> str:
         if row is None:
             return "unknown account"
         if row.disabled_at:
             return "account disabled"
         if row.locked_until and now < row.locked_until:
             return "account locked"
-        return "" if right else "wrong password"
+        return "" if right and right == row.password else "wrong password"  # it may have been changed just now
 
     def _code_refusal(self, row: Any, code: str, now: datetime) -> str:
         if row.totp:

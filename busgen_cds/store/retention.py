@@ -62,10 +62,12 @@ class Letting:
     def apply(self, keep: Mapping[Kind, timedelta], now: datetime, who: str = "retention") -> Applied:
         """Let go what is older than its kind is kept; once more changes nothing."""
         refs = [
-            ref for kind, age in keep.items() if kind != "quarantine" for ref in due(self.database, kind, now - age)
+            ref
+            for kind, age in keep.items()
+            if kind != "quarantine"
+            for ref in due(self.database, kind, now - age)
+            if self._shred(ref, who, scrub=False, if_still=_is_due(kind, now - age))
         ]
-        for ref in refs:
-            self._shred(ref, who, scrub=False)
         aside = self._old_quarantined(now - keep["quarantine"]) if "quarantine" in keep else []
         for ref in aside:
             self.inbox.discard_quarantined(ref, who)
@@ -92,8 +94,11 @@ class Letting:
         ]
         return against + [what for what, is_so in said if is_so]
 
-    def _shred(self, study_ref: str, who: str, *, scrub: bool = True) -> None:
-        self.inbox.shred(study_ref, who, also=lambda connection: self._let_go(connection, study_ref), scrub=scrub)
+    def _shred(
+        self, study_ref: str, who: str, *, scrub: bool = True, if_still: sa.ColumnElement[bool] | None = None
+    ) -> bool:
+        let_go = lambda connection: self._let_go(connection, study_ref)  # noqa: E731 - with its study, for the inbox
+        return self.inbox.shred(study_ref, who, also=let_go, scrub=scrub, if_still=if_still)
 
     def _let_go(self, connection: sa.Connection, study_ref: str) -> None:
         mine = _results.c.study_ref == study_ref
@@ -131,11 +136,17 @@ def why_not_yet(database: Database, study_ref: str) -> list[str]:
 
 def due(database: Database, kind: Kind, before: datetime) -> list[str]:
     """Studies of a kind to which nothing has happened since, and nothing is left to do; the oldest first."""
+    query = sa.select(_studies.c.ref).where(_is_due(kind, before))
+    with database.reading() as session:
+        return list(session.execute(query.order_by(_studies.c.first_received_at).limit(AT_ONCE)).scalars())
+
+
+def _is_due(kind: Kind, before: datetime) -> sa.ColumnElement[bool]:
     last = sa.select(sa.func.max(_instances.c.received_at)).where(_instances.c.study_ref == _studies.c.ref)
     current = (_results.c.study_ref == _studies.c.ref) & (_results.c.current == sa.true())
     answered = sa.select(_results.c.ref).where(current)
     young = answered.where(_results.c.made_at >= before)
-    query = sa.select(_studies.c.ref).where(
+    return sa.and_(
         _studies.c.key.is_not(None),
         _studies.c.held.is_(None),
         sa.func.coalesce(last.scalar_subquery(), _studies.c.first_received_at) < before,
@@ -145,8 +156,6 @@ def due(database: Database, kind: Kind, before: datetime) -> list[str]:
         ~sa.select(_deliveries.c.ref).where(_undelivered(_studies.c.ref)).exists(),
         ~answered.exists() if kind == "unread" else answered.where(_results.c.outcome == kind).exists(),
     )
-    with database.reading() as session:
-        return list(session.execute(query.order_by(_studies.c.first_received_at).limit(AT_ONCE)).scalars())
 
 
 def _undelivered(study_ref: str | sa.ColumnElement[str]) -> sa.ColumnElement[bool]:

@@ -93,7 +93,7 @@ def _bring_over(opened: Database, keys: Vault, table: sa.Table, batch: list[Any]
     with opened.transaction() as session:
         for key in batch:
             this = sa.and_(*(column == part for column, part in zip(table.primary_key.columns, key, strict=True)))
-            row = session.execute(sa.select(table).where(this)).first()
+            row = session.execute(sa.select(table).where(this).with_for_update()).first()
             values = _fresh(keys, table, row._asdict()) if row else {}
             if values:
                 session.execute(sa.update(table).where(this).values(**values))

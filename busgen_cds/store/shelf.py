@@ -272,13 +272,14 @@ class Shelf:
                 self._move(session, row, "withdraw", person, reasons=(reason.strip(),))
         return self.get(digest)
 
-    def promote(self, digest: str, *, person: str, signer: signing.Signer) -> Standing:
-        """Make a bundle live. It must verify, and the signer must be the promoter."""
-        return self._say(digest, "promote", person, signer)
+    def promote(self, digest: str, *, person: str, signer: signing.Signer, heard: int | None = None) -> Standing:
+        """Make a bundle live. It must verify, and the signer must be the promoter. `heard`: the last statement that
+        the person knew of; where another was said meanwhile, nothing is."""
+        return self._say(digest, "promote", person, signer, heard)
 
-    def roll_back(self, *, person: str, signer: signing.Signer) -> Standing:
-        """Make live again what was live before the present one was promoted."""
-        return self._say("", "roll back", person, signer)
+    def roll_back(self, *, person: str, signer: signing.Signer, heard: int | None = None) -> Standing:
+        """Make live again what was live before the present one was promoted; `heard` as for a promotion."""
+        return self._say("", "roll back", person, signer, heard)
 
     # -- asking ------------------------------------------------------------------------------------------------------
 
@@ -356,8 +357,9 @@ class Shelf:
 
     def _live(self) -> Bundle:
         # 1. The largest number ever seen, here or elsewhere, is the one that counts.
+        on_file = self._number_on_file()  # before the database, which is always written first
         last = self._last()
-        number = max(last.number, self._seen, self._number_on_file())
+        number = max(last.number, self._seen, on_file)
         if number == 0:
             return self._home_bundle()
         # 2. The database has that statement: an older one was put back otherwise.
@@ -375,14 +377,17 @@ class Shelf:
         opened = self._opened(last.digest)
         # 5. The number is remembered everywhere.
         self._seen = number
-        self._write_file(last.envelope)
+        if self._number_on_file() <= number:  # somebody else may have said more while this one was opened
+            self._write_file(last.envelope)
         return opened
 
-    def _say(self, digest: str, verb: Verb, person: str, signer: signing.Signer) -> Standing:
+    def _say(self, digest: str, verb: Verb, person: str, signer: signing.Signer, heard: int | None) -> Standing:
         if not person.strip():
             raise Misconfigured(NAMELESS)
         with self._lock, _one_speaks():
-            heard = self._last().number
+            heard = self._last().number if heard is None else heard
+            if self._last().number != heard:
+                raise Misconfigured(SPOKEN)
             digest = digest or self.before()
             home = self._take_home()
             if home and home.digest == digest:

@@ -102,17 +102,27 @@ class Front:
             return session.execute(sa.select(sa.func.max(audit.ActRow.number))).scalar() or 0
 
     def looked(self, person: Person, study_ref: str, revision: int) -> None:
+        self._look(
+            person, study_ref, revision, Act("result viewed", person.name, "", study_ref, {"revision": revision})
+        )
         self._first_look(person, study_ref, _PICTURES)
-        if self._first_look(person, study_ref, revision):
-            self.note(Act("result viewed", person.name, "", study_ref, {"revision": revision}))
 
     def pictured(self, person: Person, study_ref: str) -> None:
         """A picture, or a list with answers in it, is a look as well, if the study does not lie open already."""
-        if self._first_look(person, study_ref, _PICTURES):
-            self.note(Act("images viewed", person.name, "", study_ref))
+        self._look(person, study_ref, _PICTURES, Act("images viewed", person.name, "", study_ref))
 
     def refused(self, person: Person, right: str, route: str) -> None:
         self.note(Act("refused", person.name, f"needs {right}", None, {"path": route}))
+
+    def _look(self, person: Person, study_ref: str, what: int, act: Act) -> None:
+        if not self._first_look(person, study_ref, what):
+            return
+        try:
+            self.note(act)
+        except Exception:
+            with self._lock:
+                self._looks.pop((person.name, study_ref, what), None)  # it was not recorded: the next one is
+            raise
 
     def _first_look(self, person: Person, study_ref: str, what: int) -> bool:
         """The first within minutes."""

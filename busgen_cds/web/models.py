@@ -192,8 +192,8 @@ def say(front: Front, person: Person, passphrase: str, number: int, digest: str 
     try:
         with _said_plainly():
             if not digest:
-                return models.roll_back(person.name, passphrase)
-            return models.promote(_entry(models, digest).digest, person.name, passphrase)
+                return models.roll_back(person.name, passphrase, number)
+            return models.promote(_entry(models, digest).digest, person.name, passphrase, number)
     except WrongPassphrase as wrong:
         what = "promote" if digest else "roll back"
         front.note(Act("passphrase refused", person.name, what, None, {"digest": digest}))

@@ -78,8 +78,8 @@ class Models:
     shelf: Shelf
     shadow: Shadow
     drift: Drift
-    promote: Callable[[str, str, str], Standing]  # digest, who, the promoter's passphrase
-    roll_back: Callable[[str, str], Standing]  # who, passphrase
+    promote: Callable[[str, str, str, int], Standing]  # digest, who, passphrase, the last statement that was seen
+    roll_back: Callable[[str, str, int], Standing]  # who, passphrase, the last statement that was seen
     begin_shadow: Callable[[str, str], Shelved]  # digest, who
     end_shadow: Callable[[str, str], Shelved]
     withdraw: Callable[[str, str, str], Shelved]  # digest, who, why

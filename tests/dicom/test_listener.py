@@ -18,8 +18,8 @@ import pytest
 from pydicom.uid import AllTransferSyntaxes
 
 from busgen_cds.dicom import upper_layer as ul
-from busgen_cds.dicom.association import STORED, Peer, Rules
-from busgen_cds.dicom.listener import REFUSALS_PER_MINUTE, TOO_OFTEN, Listener, ListenerConfig
+from busgen_cds.dicom.association import STORED, Desk, Noted, Peer, Rules
+from busgen_cds.dicom.listener import REFUSALS_PER_MINUTE, TOO_OFTEN, Listener, ListenerConfig, _Bell
 from busgen_cds.store import audit
 from busgen_cds.store.inbox import Inbox
 from busgen_cds.study import TWO_PATIENTS
@@ -579,3 +579,20 @@ def _until(condition: object, seconds: float = 10) -> None:
     while not condition():  # type: ignore[operator]
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def test_equal_acts_in_one_moment_are_several() -> None:
+    """A scanner that opens four associations at once is recorded four times; hints of one study are one."""
+    acts: list[Noted] = []
+    hints: list[str] = []
+    bell = _Bell(
+        Desk(
+            receive=lambda _: pytest.fail("nothing is received"), arrived=hints.append,
+            association_closed=lambda _: None, commitment=lambda _: pytest.fail("nobody asks"), noted=acts.append,
+        )
+    )  # fmt: skip
+    for _ in range(4):
+        bell.desk.noted(Noted("association accepted", "SCANNER", "", "10.0.0.1", "BUSGEN"))
+        bell.desk.arrived("study")
+    bell.stop()
+    assert len(acts) == 4 and hints == ["study"]

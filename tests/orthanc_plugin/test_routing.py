@@ -219,3 +219,15 @@ def test_works_behind_orthancs_own_passwords(tmp_path: Path) -> None:
         clinic.pacs.log_in("nurse", "secret")
         study = clinic.takes(images.breast_study(1))
         clinic.is_sent(study, images=1)
+
+
+def test_a_study_deleted_while_it_is_sent(tmp_path: Path) -> None:
+    """A study that Orthanc lets go in the middle of its sending holds up no other."""
+    with opened(tmp_path) as clinic:
+        clinic.product.seconds = 1.0
+        gone = clinic.takes(images.breast_study(4))
+        wait_for(lambda: clinic.product.objects, 15, "nothing was sent")
+        clinic.pacs.delete(f"/studies/{gone}")
+        clinic.product.seconds = 0.0
+        after = clinic.takes(images.breast_study(2, seed=50))
+        clinic.is_sent(after, images=2, seconds=30)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from busgen_cds.arrival import Arrival, Kept, NoRoom, Peek
-from busgen_cds.errors import Shredded, Untrusted
+from busgen_cds.errors import Shredded, Transient, Untrusted
 from busgen_cds.store import audit, database, rotation, vault
 from busgen_cds.store.database import Database
 from busgen_cds.store.inbox import Inbox
@@ -248,3 +248,27 @@ def test_file_mode(inbox: Inbox) -> None:
     inbox.keep(arrival(), header(), [DATA])
     (path,) = _files(inbox)
     assert path.stat().st_mode & 0o077 == 0 and os.access(path, os.R_OK)
+
+
+def test_what_was_set_aside_is_set_aside_again(inbox: Inbox) -> None:
+    """Other bytes under a known UID are refused each time that they are sent, and kept once."""
+    said = [inbox.keep(arrival(), header(), [data]).outcome for data in (b"A", b"B", b"B", b"A")]
+    assert said == ["new", "conflict", "conflict", "same"]
+    assert len(inbox.conflicts()) == 1 and len([path for path in inbox._kept.rglob("*") if path.is_file()]) == 2
+
+
+def test_swept_while_its_row_is_made(inbox: Inbox) -> None:
+    """A file whose receiver died is swept or kept, never both: what was swept gets no row, and is to be sent again."""
+    receiving = inbox.receive(arrival())
+    receiving.write(DATA)
+    receiving._writer.sync()
+    entry = receiving._entry(header())
+    target = inbox._path(entry.ref, entry.at)
+    inbox._make_folder(target.parent)
+    receiving._path.rename(target)
+    receiving._writer.close()  # and the process dies; its entry waits for the clerk
+    assert inbox.sweep() == 1
+    with pytest.raises(Transient, match="sent again"):
+        inbox._commit_rows([entry])
+    kept = inbox.keep(arrival(), header(), [DATA])
+    assert kept.outcome == "new" and inbox.open(inbox.instances(kept.study_ref)[0]) == DATA

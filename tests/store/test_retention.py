@@ -11,7 +11,7 @@ import sqlalchemy as sa
 
 from busgen_cds.errors import Misconfigured, Shredded
 from busgen_cds.result import Rendered
-from busgen_cds.store import audit, database, vault
+from busgen_cds.store import audit, database, retention, vault
 from busgen_cds.store.cases import Cases, Word
 from busgen_cds.store.database import Database
 from busgen_cds.store.deliveries import Addressee
@@ -120,6 +120,22 @@ def test_rules_by_kind_and_age(letting: Letting) -> None:
     with letting.database.transaction() as session:
         session.execute(sa.update(database.all_tables().tables["word"]).values(at=NOW - timedelta(days=1)))
     assert due(letting.database, "unread", NOW - MONTH) == []
+
+
+def test_a_late_image_saves_its_study(letting: Letting, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An image that is acknowledged after its study was found old, and before it is let go, keeps it."""
+    ref = kept(letting.inbox, "1.2.3")
+    answered(letting, ref)
+
+    def found_as_one_comes(*asked: object) -> list[str]:
+        found = due(*asked)  # type: ignore[arg-type]
+        kept(letting.inbox, "1.2.3", part=10)
+        return found
+
+    monkeypatch.setattr(retention, "due", found_as_one_comes)
+    monkeypatch.setattr(letting.inbox, "_clock", lambda: NOW)
+    assert letting.apply({"not-for-us": MONTH}, NOW).studies == ()
+    assert [letting.inbox.open(each) for each in letting.inbox.instances(ref)] == [b"x" * 500] * 2
 
 
 def test_quarantine_is_let_go(letting: Letting) -> None:

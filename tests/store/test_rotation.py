@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import sqlalchemy as sa
 
 from busgen_cds.arrival import Arrival, Peek
 from busgen_cds.cli import custody
@@ -16,6 +19,7 @@ from busgen_cds.store.people import People
 from busgen_cds.store.results import Results
 from busgen_cds.store.vault import Vault
 from busgen_cds.study import NotForUs
+from tests import postgres
 
 US = "1.2.840.10008.5.1.4.1.1.6.1"
 
@@ -88,3 +92,26 @@ def test_images_of_one_study_stay_together_while_the_key_changes(
     monkeypatch.setattr(custody, "time", SimpleNamespace(sleep=meanwhile))  # no other thread's sleep is a step
     custody._bring_in(file, key := vault.new_key())
     assert len(steps) == 2 and file.keys()[0] == key and len(file.keys()) == 2
+
+
+@pytest.mark.program
+def test_shredded_while_the_key_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What another process shreds during the change of the key stays shredded; PostgreSQL lets both work at once."""
+    with postgres.running("site") as addresses:
+        opened = database.open(addresses["site"])
+        old, new = vault.new_key(), vault.new_key()
+        ref, both = kept(Inbox(tmp_path / "inbox", opened, Vault(old)), "1.2.3"), Vault(new, older=[old])
+        fresh = rotation._fresh
+        shreds = threading.Thread(target=lambda: Inbox(tmp_path / "inbox", opened, both).shred(ref, "ann"))
+
+        def fresh_as_it_is_shredded(keys: Vault, table: sa.Table, row: dict[str, Any]) -> dict[str, Any]:
+            if table.name == "study" and shreds.ident is None:
+                shreds.start()
+                shreds.join(1)
+            return fresh(keys, table, row)
+
+        monkeypatch.setattr(rotation, "_fresh", fresh_as_it_is_shredded)
+        rotation.rotate(opened, both, "ann")
+        shreds.join(60)
+        assert Inbox(tmp_path / "inbox", opened, both).why_not_shredded(ref) == []
+        opened.close()

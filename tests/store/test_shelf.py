@@ -201,6 +201,19 @@ def test_two_people_speak_at_once(room: Room) -> None:
     assert room.live_version() == "4" and room.shelf.standing().number == 3
 
 
+def test_one_form_pressed_twice_at_once(room: Room) -> None:
+    """Who decides knows one statement as the last; two presses of one form, or two people's, are one change."""
+    for version in ("2", "3", "4"):
+        room.promoted(version)
+    seen = room.shelf.standing().number
+    room.shelf.roll_back(person="ada", signer=PROMOTER, heard=seen)
+    with pytest.raises(Misconfigured, match="Somebody else has just said"):
+        room.shelf.roll_back(person="ada", signer=PROMOTER, heard=seen)
+    with pytest.raises(Misconfigured, match="Somebody else has just said"):
+        room.shelf.promote(room.shadowed("5"), person="phil", signer=PROMOTER, heard=seen)
+    assert room.live_version() == "3" and room.shelf.standing().number == seen + 1
+
+
 def test_withdrawn(room: Room) -> None:
     """A person may withdraw what is on the shelf, with a reason; it never becomes live."""
     digest = room.shadowed("2")

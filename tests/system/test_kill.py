@@ -178,7 +178,9 @@ def test_a_living_worker_takes_over_from_a_dead_one(tmp_path: Path) -> None:
         first.kill()
         second.is_ready()
         _until(lambda: all(len(pacs.of(hospital.study_uid(s), modality="SR")) == 1 for s in studies), "they are read")
-        assert site.jobs.alive(within=timedelta(seconds=WAITS.silent)) == ["second"]
+        _until(
+            lambda: site.jobs.alive(within=timedelta(seconds=WAITS.silent)) == ["second"], "it says that it is alive"
+        )
         assert _reads(site) == 4
         assert pacs.twice() == []
     finally:

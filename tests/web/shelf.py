@@ -73,16 +73,17 @@ class Room:
         return replace(self.practice.site(), bundle=self._live, models=self._models())
 
     def _models(self) -> web.Models:
-        def promote(digest: str, who: str, passphrase: str) -> shelf.Standing:
-            return self.shelf.promote(digest, person=who, signer=site_keys.promoter(self.promoter, passphrase))
+        def promote(digest: str, who: str, passphrase: str, heard: int) -> shelf.Standing:
+            signer = site_keys.promoter(self.promoter, passphrase)
+            return self.shelf.promote(digest, person=who, signer=signer, heard=heard)
 
         return web.Models(
             self.shelf,
             self.shadow,
             self.drift,
             promote=promote,
-            roll_back=lambda who, passphrase: self.shelf.roll_back(
-                person=who, signer=site_keys.promoter(self.promoter, passphrase)
+            roll_back=lambda who, passphrase, heard: self.shelf.roll_back(
+                person=who, signer=site_keys.promoter(self.promoter, passphrase), heard=heard
             ),
             begin_shadow=lambda digest, who: self.shelf.to_shadow(digest, person=who),
             end_shadow=lambda digest, who: self.shelf.end_shadow(digest, person=who),

@@ -14,6 +14,7 @@ import pytest
 import sqlalchemy as sa
 from fastapi import FastAPI
 from fastapi.routing import iter_route_contexts
+from starlette.testclient import TestClient
 
 from busgen_cds import web
 from busgen_cds.store import audit, checkpoints
@@ -306,6 +307,19 @@ def test_whatever_shows_a_study_is_an_act(address: str, practice: Practice) -> N
         found = client.get("/fhir/r4/DiagnosticReport", params={"patient.identifier": "PAT-43"}).json()
         assert found["entry"]
     assert looks() == ["images viewed", "result viewed"]
+
+
+def test_a_look_that_could_not_be_recorded(practice: Practice, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody sees a study while the record cannot be written; who asks again is recorded then."""
+    ref, app = a_study(practice, 45, Says("4B")), web.create(practice.site())
+    client = TestClient(app, raise_server_exceptions=False)
+    page = f"/api/v1/studies/{ref}/frames/{practice.screen.slides(ref)[0].source.sop_instance_uid}/1"
+    with monkeypatch.context() as patched:
+        patched.setattr(app.state.front, "note", lambda _: 1 / 0)
+        assert client.get(page, headers=token(practice, "rita")).status_code == 500
+    assert client.get(page, headers=token(practice, "rita")).status_code == 200
+    acts = audit.entries(practice.database, audit.Wanted(who="rita"))
+    assert [each.act.kind for each in acts if each.act.study_ref == ref] == ["images viewed"]
 
 
 def test_an_evidence_map_is_a_look(practice: Practice, staff: dict[str, Browser]) -> None:

@@ -226,3 +226,20 @@ def test_roles_are_apart() -> None:
     for role in ROLES:
         assert not {"studies.read", "people.manage"} <= RIGHTS[role]
     assert [role for role in ROLES if "studies.confirm" in RIGHTS[role]] == ["reader"]
+
+
+def test_a_password_changed_while_it_is_tried(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who logs in by a password that is changed in that moment gets no session."""
+    people = site.people
+    people.add("mona", GOOD, ("reader",), "ada")
+    right = people._right_for
+
+    def right_until_now(name: str, password: str) -> str:
+        found = right(name, password)
+        people.set_password("mona", f"{GOOD} and longer", "mona")
+        return found
+
+    with monkeypatch.context() as patched:
+        patched.setattr(people, "_right_for", right_until_now)
+        assert people.log_in("mona", GOOD) is None
+    assert people.log_in("mona", f"{GOOD} and longer") is not None

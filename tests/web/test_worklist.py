@@ -258,9 +258,9 @@ def test_another_rule_at_100000_studies(crowded: Practice) -> None:
     slower, began = shared(), time.perf_counter()
     Worklist(crowded.database, crowded.vault, Rule("arrival")).catch_up()
     took = (time.perf_counter() - began) / max(slower, shared())
-    again = time.perf_counter()
+    slower, began = shared(), time.perf_counter()
     Worklist(crowded.database, crowded.vault, Rule("arrival")).catch_up()
-    assert time.perf_counter() - again < took / 5
+    assert (time.perf_counter() - began) / max(slower, shared()) < took / 5
     print(f"another rule: {took:.1f} s")  # noqa: T201
     assert took < 10
 
@@ -268,8 +268,8 @@ def test_another_rule_at_100000_studies(crowded: Practice) -> None:
 @pytest.mark.slow
 def test_speed(crowded: Practice) -> None:
     """At 100,000 studies every view of the worklist, with its counts, takes under 100 ms."""
-    times = views(crowded)
-    assert max(times.values()) < 0.1, times
+    times, slower = views(crowded), shared()
+    assert max(times.values()) < 0.1 * slower, (times, slower)
 
 
 @pytest.mark.slow
