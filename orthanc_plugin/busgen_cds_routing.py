@@ -399,8 +399,8 @@ class Router:
     def failed(self, job: dict[str, Any]) -> None:
         """What it did not bring there: another Orthanc, before its restart, may have seen to some of it already."""
         reason = job.get("ErrorDetails") or job["ErrorDescription"]
-        there = filter(self.study_of, instances_of(job))  # one that was deleted meanwhile would end each job after this
-        instances = [instance for instance in there if not self.is_marked(instance)]
+        studies = {instance: self.study_of(instance) for instance in instances_of(job)}  # empty: deleted meanwhile
+        instances = [i for i, study in studies.items() if study and not self.is_marked(i)]
         if len(instances_of(job)) > 1 and not SAME_FOR_ALL.search(reason):
             for instance in instances:  # so that the one that is refused holds up no other
                 self.send([instance])
@@ -410,7 +410,7 @@ class Router:
                 self.api.put(f"/instances/{instance}/metadata/{REFUSED}", reason)
                 orthanc.LogWarning(f"BUSGen-CDS: instance {instance} is not sent again until asked for: {reason}")
             return
-        for study in {self.study_of(instance) for instance in instances} - {""}:  # "": deleted just now
+        for study in {studies[instance] for instance in instances}:
             self.keep_waiting(study, reason)
 
     def is_marked(self, instance: str) -> bool:

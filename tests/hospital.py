@@ -35,6 +35,7 @@ from busgen_cds.arrival import Arrival, Peek
 from busgen_cds.dicom import intake, objects, reactor
 from busgen_cds.dicom.association import CommitmentReport, CommitmentRequest, Desk, Rules
 from busgen_cds.dicom.listener import Listener, ListenerConfig
+from busgen_cds.flows import desk as desks
 from busgen_cds.flows.services import Destination, Services, Waits
 from busgen_cds.flows.worker import Worker
 from busgen_cds.result import Assessed, BundleName, Declined, Finding, Rendered, Result
@@ -265,7 +266,7 @@ class Hospital:
 
     def idle(self) -> bool:
         """Has every workflow come to its end?"""
-        return not {"PENDING", "ENQUEUED", "DELAYED"} & set(self.statuses().values())
+        return not set(desks.ACTIVE) & set(self.statuses().values())
 
     def settles(self, seconds: float = 60) -> None:
         """Until every study is read, parked or held, and every delivery done, parked or withdrawn."""

@@ -35,6 +35,10 @@ Config = Annotated[
     Path, typer.Option("--config", "-c", envvar="BUSGEN_CDS_CONFIG", help="The site's settings file, or its folder.")
 ]
 
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+HERE = Path(settings.FILE)
+LONGEST_NAME = 64  # with its account it fits where it is recorded
+
 
 def account() -> str:
     """Who runs this program, as it is recorded."""
@@ -56,10 +60,7 @@ def _account() -> str:
         return f"user {os.getuid()}"
 
 
-LONGEST_NAME = 64  # with its account it fits where it is recorded
 Who = Annotated[str, typer.Option("--who", callback=person, help="Who asks, if not this account; both are recorded.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
-HERE = Path(settings.FILE)
 
 
 def settings_file(config: Path) -> Path:

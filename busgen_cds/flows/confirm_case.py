@@ -13,7 +13,7 @@ Rules:
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -112,18 +112,18 @@ def _of_study(stations: Stations, study_ref: str) -> list[Outcome]:
     if entry is None or shown is None:
         return []
     if not isinstance(shown.answer, Assessed):
-        return _outdated(stations, study_ref, ())
+        return _outdated(stations, study_ref, stations.book.grounds(study_ref))
     said, doubts = _known(stations, study_ref, entry.revision, shown.answer)
     numbers = range(1, len(said.answer.findings) + 1) if said.answer.findings else [WHOLE_STUDY]
     decided = {number: _decided(said, number) for number in numbers}
-    made = stations.book.grounds(study_ref)
-    anew = {n: found for n, found in decided.items() if made.get(n) != _grounds(said, n, found)}
-    frames = _frames(stations, study_ref) if any(isinstance(each, Known) for each in anew.values()) else {}
+    made, grounds = stations.book.grounds(study_ref), {n: _grounds(said, n, found) for n, found in decided.items()}
+    anew = [n for n in numbers if made.get(n) != grounds[n]]
+    frames = _frames(stations, study_ref) if any(isinstance(decided[n], Known) for n in anew) else {}
     kept = [
-        _kept(stations, said, n, found, frames) if n in anew else Outcome(study_ref, n, found)
+        _kept(stations, said, n, found, grounds[n], frames) if n in anew else Outcome(study_ref, n, found)
         for n, found in decided.items()
     ]
-    return doubts + _outdated(stations, study_ref, numbers) + kept
+    return doubts + _outdated(stations, study_ref, made.keys() - set(numbers)) + kept
 
 
 def _grounds(said: _Said, number: int, found: Known | Open | Conflict) -> str:
@@ -132,13 +132,12 @@ def _grounds(said: _Said, number: int, found: Known | Open | Conflict) -> str:
     return hashlib.sha256(repr((SHAPE, said.revision, number, word, found, said.proven_on)).encode()).hexdigest()
 
 
-def _outdated(stations: Stations, study_ref: str, shown: Collection[int]) -> list[Outcome]:
+def _outdated(stations: Stations, study_ref: str, gone: Iterable[int]) -> list[Outcome]:
     """The cases of findings that the study's newest answer does not have."""
     found = Open("a newer revision of the study's result does not show it")
-    gone = sorted(stations.book.grounds(study_ref).keys() - set(shown))
     return [
         Outcome(study_ref, number, found, stations.book.drop(study_ref, number, reason=found.reason, who=WHO))
-        for number in gone
+        for number in sorted(gone)
     ]
 
 
@@ -212,6 +211,7 @@ def _kept(
     said: _Said,
     number: int,
     found: Known | Open | Conflict,
+    grounds: str,
     shown: dict[FrameName, tuple[Frame, Study]],
 ) -> Outcome:
     made = _made(stations, said, number, found, shown)
@@ -220,12 +220,7 @@ def _kept(
         return Outcome(said.study_ref, number, made, dropped)
     who = said.words[number].word.who if number in said.words else WHO
     changed = stations.book.keep(
-        made,
-        study_ref=said.study_ref,
-        revision=said.revision,
-        finding=number,
-        who=who,
-        grounds=_grounds(said, number, found),
+        made, study_ref=said.study_ref, revision=said.revision, finding=number, who=who, grounds=grounds
     )
     return Outcome(said.study_ref, number, found, changed)
 

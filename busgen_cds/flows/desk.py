@@ -36,7 +36,7 @@ WAKES_EARLY = 1.2  # DBOS looks once a second for delayed workflows; the rest of
 
 STATED = "stated"  # in place of the evidence's digest, which the word changes as it is written
 
-_ACTIVE = ("PENDING", "ENQUEUED", "DELAYED")
+ACTIVE = ("PENDING", "ENQUEUED", "DELAYED")
 _GAVE_UP = "MAX_RECOVERY_ATTEMPTS_EXCEEDED"
 
 
@@ -121,7 +121,7 @@ class Desk:
             if status is None:
                 self._ask(READ_STUDY, READ, name, study_ref, evidence_digest, job.attempt)
                 return "asked"
-            if status in _ACTIVE:
+            if status in ACTIVE:
                 return "under way"
             if status == _GAVE_UP:
                 self.jobs.park(
@@ -139,7 +139,7 @@ class Desk:
         active: set[str] = set()
         for chunk in _chunks(sorted(names)):
             found = self.client.list_workflows(
-                workflow_ids=chunk, status=list(_ACTIVE), load_input=False, load_output=False
+                workflow_ids=chunk, status=list(ACTIVE), load_input=False, load_output=False
             )
             active |= {names[each.workflow_id] for each in found}
         return active
@@ -176,7 +176,7 @@ class Desk:
         if status is None:
             self._ask(DELIVER_RESULT, DELIVER, name, delivery.ref, delivery.tries, delay_seconds=after_seconds)
             return "asked"
-        if status in _ACTIVE:
+        if status in ACTIVE:
             return "under way"
         if status == _GAVE_UP:
             self.deliveries.move(

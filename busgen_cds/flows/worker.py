@@ -49,7 +49,7 @@ class Worker:
         self._url, self._readings, self._deliveries = workflows_url, readings, deliveries
         self.desk = Desk(workflows_url, stations.results, stations.jobs, stations.waits)
         self._ending = threading.Event()
-        self._swept = stations.clock()
+        self._swept = stations.clock()  # when the last sweep of readings began that came to its end
         self._threads: list[threading.Thread] = []
 
     def start(self) -> None:
@@ -117,7 +117,6 @@ class Worker:
             return 0
         now, waits = self.stations.clock(), self.stations.waits
         thorough = thorough or self.stations.jobs.resumed_since(self._swept)
-        self._swept = now
         patience = waits.silence + waits.sweep / 3 + (waits.count if self.stations.query_node else 0.0)
         settled = now if thorough else now - timedelta(seconds=patience)
         unread = self.stations.results.unread(
@@ -129,10 +128,11 @@ class Worker:
         asked = [ref for ref in unread if ref not in under_way and (ref not in parked or self._grew(ref))]
         for study_ref in asked:
             self.desk.arrived(study_ref)
-        # A job that nobody does: its study was held, or let go, while its reading was asked for once more.
+        # Jobs that nobody does, of studies with no image unread: held as they were asked for once more, or released.
         left = [job for job in waiting if job.study_ref not in under_way and job.study_ref not in unread]
         for job in left:
             self.desk.read(job.study_ref, job.evidence_digest)
+        self._swept = now
         return len(asked) + len(left)
 
     def _grew(self, study_ref: str) -> bool:

@@ -603,9 +603,8 @@ class Inbox:
         return answers
 
     def _make_folder(self, folder: Path) -> None:
-        if (
-            folder not in self._on_disk or not folder.exists()
-        ):  # another may have made it, and not yet seen it through to the disk
+        # Where it is there, another process may have made it and not yet seen it through to the disk.
+        if folder not in self._on_disk or not folder.exists():
             folder.mkdir(mode=0o700, exist_ok=True)
             _sync_folder(folder.parent)
             self._on_disk.add(folder)

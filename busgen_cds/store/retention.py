@@ -11,6 +11,7 @@ Rules:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -61,13 +62,10 @@ class Letting:
 
     def apply(self, keep: Mapping[Kind, timedelta], now: datetime, who: str = "retention") -> Applied:
         """Let go what is older than its kind is kept; once more changes nothing."""
-        refs = [
-            ref
-            for kind, age in keep.items()
-            if kind != "quarantine"
-            for ref in due(self.database, kind, now - age)
-            if self._shred(ref, who, scrub=False, if_still=_is_due(kind, now - age))
-        ]
+        refs: list[str] = []
+        for kind, age in keep.items():
+            if kind != "quarantine":
+                refs += self._shred_due(kind, now - age, who)
         aside = self._old_quarantined(now - keep["quarantine"]) if "quarantine" in keep else []
         for ref in aside:
             self.inbox.discard_quarantined(ref, who)
@@ -94,13 +92,17 @@ class Letting:
         ]
         return against + [what for what, is_so in said if is_so]
 
+    def _shred_due(self, kind: Kind, before: datetime, who: str) -> list[str]:
+        still, chosen = _is_due(kind, before), due(self.database, kind, before)
+        return [ref for ref in chosen if self._shred(ref, who, scrub=False, if_still=still)]
+
     def _shred(
         self, study_ref: str, who: str, *, scrub: bool = True, if_still: sa.ColumnElement[bool] | None = None
     ) -> bool:
-        let_go = lambda connection: self._let_go(connection, study_ref)  # noqa: E731 - with its study, for the inbox
-        return self.inbox.shred(study_ref, who, also=let_go, scrub=scrub, if_still=if_still)
+        also = functools.partial(self._let_go, study_ref)
+        return self.inbox.shred(study_ref, who, also=also, scrub=scrub, if_still=if_still)
 
-    def _let_go(self, connection: sa.Connection, study_ref: str) -> None:
+    def _let_go(self, study_ref: str, connection: sa.Connection) -> None:
         mine = _results.c.study_ref == study_ref
         numbers = sa.select(_results.c.accession_blind).where(mine, _results.c.accession_blind != "")
         connection.execute(sa.delete(_pathology).where(_pathology.c.accession_blind.in_(numbers)))

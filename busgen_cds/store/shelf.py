@@ -385,8 +385,8 @@ class Shelf:
         if not person.strip():
             raise Misconfigured(NAMELESS)
         with self._lock, _one_speaks():
-            heard = self._last().number if heard is None else heard
-            if self._last().number != heard:
+            known = self._last().number
+            if heard not in (None, known):
                 raise Misconfigured(SPOKEN)
             digest = digest or self.before()
             home = self._take_home()
@@ -399,7 +399,7 @@ class Shelf:
             floor = max(self._seen, self._claimed_on_file())
             with self._database.transaction() as session:
                 row, last = self._row(session, digest), _last(session)
-                if last.number != heard:
+                if last.number != known:
                     raise Misconfigured(SPOKEN)
                 before = self._live_row(session, home, person)
                 number = max(last.number, floor) + 1

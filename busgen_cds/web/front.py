@@ -102,9 +102,8 @@ class Front:
             return session.execute(sa.select(sa.func.max(audit.ActRow.number))).scalar() or 0
 
     def looked(self, person: Person, study_ref: str, revision: int) -> None:
-        self._look(
-            person, study_ref, revision, Act("result viewed", person.name, "", study_ref, {"revision": revision})
-        )
+        act = Act("result viewed", person.name, "", study_ref, {"revision": revision})
+        self._look(person, study_ref, revision, act)
         self._first_look(person, study_ref, _PICTURES)
 
     def pictured(self, person: Person, study_ref: str) -> None:
