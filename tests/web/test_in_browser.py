@@ -296,7 +296,10 @@ def test_a_small_screen(chromium: Any, address: str, practice: Practice, scheme:
     person = Person(chromium, address, "rita", scheme)
     person.page.set_viewport_size({"width": 1280, "height": 800})
     person.goes("/worklist")
-    tops = [person.page.locator(each).bounding_box() for each in (".tabs", "#search", "#order", "#live")]
+    tools = [person.page.locator(each) for each in (".tabs", "#search", "#order", "#live")]
+    for each in tools:
+        each.wait_for()  # on a busy machine the page may still be drawing them
+    tops = [each.bounding_box() for each in tools]
     assert max(each["y"] for each in tops) < min(each["y"] + each["height"] for each in tops)
     edge, card = person.page.evaluate(
         """() => { const at = getComputedStyle(document.getElementById('search'));
